@@ -1,0 +1,239 @@
+"""The only ``autograd.Function``s of the library: ``custom_vjp``, ``non_differentiable``, ``remat``.
+
+On torch 2.11 to 2.15 one construct alone keeps a custom backward under ``grad``, ``vmap(grad)``,
+``make_fx`` and ``torch.compile(grad)``: a Function with ``setup_context`` and
+``generate_vmap_rule = True`` over leaf operators, put into the graph as one opaque call
+(``allow_in_graph``, or ``nonstrict_trace`` where arguments are pytrees). Left bare, Dynamo
+differentiates the *forward* of a Function under ``torch.compile(torch.func.grad(f))`` and says
+nothing (pytorch #193279). ``docs/transforms.md`` has the table.
+
+What follows from it, for whoever adds an operation:
+
+* kernels are called inside ``fwd`` and ``bwd`` only, never in a Function's ``backward``;
+* ``fwd`` and ``bwd`` write nothing in place (pytorch #180642);
+* static arguments travel in one hashable NamedTuple, tensors as flat operands without None.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+_functorch = torch._C._functorch
+
+
+def _sealed(name: str, forward: Callable, why: str) -> Any:
+    """A Function whose derivative, of either kind, raises NotImplementedError(``name: why``)."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: {why}")
+
+    return type(
+        name,
+        (Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(lambda ctx, inputs, output: None),
+            "backward": staticmethod(refuse),
+            "jvp": staticmethod(refuse),
+        },
+    )
+
+
+def custom_vjp(
+    name: str,
+    fwd: Callable[..., tuple[Tensor, Sequence[Tensor]]],
+    bwd: Callable[..., Sequence[Tensor | None]],
+) -> Callable[..., Tensor]:
+    """Pair a function with its vector-Jacobian product, as ``jax.custom_vjp`` does.
+
+    Args:
+        name: what errors call the operation.
+        fwd: ``fwd(static, *operands) -> (out, residuals)``; a residual may be an operand.
+        bwd: ``bwd(static, needed, *residuals, cotangent) -> cotangents``, one an operand. ``needed``
+            is a tuple of bools, one an operand; where it is False return None.
+
+    Returns:
+        ``op(static, *operands) -> out`` that keeps ``bwd`` as its derivative under every transform
+        in ``docs/transforms.md``. Second order and forward mode raise NotImplementedError.
+    """
+    backward_once = _sealed(name, bwd, "second-order derivatives are not defined")
+
+    def forward(static: Any, *operands: Tensor) -> tuple[Tensor, ...]:
+        out, residuals = fwd(static, *operands)
+        # A Function may not return an input as an output; a view of it is fine.
+        is_operand = {id(x) for x in operands}
+        return (out, *(r.view_as(r) if id(r) in is_operand else r for r in residuals))
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        # The residuals stay differentiable on purpose. Marked non-differentiable they would hide
+        # from an outer grad that they depend on the operands, and second order would be zero.
+        ctx.static = inputs[0]
+        ctx.save_for_backward(*output[1:])
+
+    def backward(ctx: Any, cotangent: Tensor, *_residuals: Tensor) -> tuple[Any, ...]:
+        needed = tuple(ctx.needs_input_grad[1:])
+        return (None, *backward_once.apply(ctx.static, needed, *ctx.saved_tensors, cotangent))
+
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not defined; use reverse mode")
+
+    function = type(
+        name,
+        (Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
+        },
+    )
+
+    def op(static: Any, *operands: Tensor) -> Tensor:
+        return function.apply(static, *operands)[0]
+
+    return torch.compiler.allow_in_graph(op)
+
+
+def non_differentiable(name: str, fn: Callable, instead: str) -> Callable:
+    """``fn(static, *operands)`` as an operation whose derivative raises and says what to do instead."""
+    function = _sealed(name, fn, f"has no useful derivative; {instead}")
+
+    def op(static: Any, *operands: Tensor) -> Any:
+        return function.apply(static, *operands)
+
+    return torch.compiler.allow_in_graph(op)
+
+
+# --- remat ---------------------------------------------------------------------------------------
+
+
+class _RefuseCaptured(TorchFunctionMode):
+    """Raise when a tensor being differentiated enters a rematerialised function other than as an
+    argument: its gradient would be lost.
+
+    Inside the function the arguments have lost their outermost wrapper, so such a tensor shows
+    either as one of a higher transform level than the current, or as one that requires grad.
+    """
+
+    def __init__(self, arguments: Sequence[Any], name: str) -> None:
+        super().__init__()
+        self.arguments = {id(x) for x in arguments}
+        self.level = _functorch.maybe_current_level() or 0
+        self.name = name
+
+    def captured(self, x: Any) -> bool:
+        if not isinstance(x, Tensor) or id(x) in self.arguments:
+            return False
+        level = _functorch.maybe_get_level(x)
+        if level > 0:  # an inner transform of the function reuses the level numbers: look outside it
+            return level > self.level == (_functorch.maybe_current_level() or 0)
+        return x.requires_grad
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in pytree.tree_leaves((args, kwargs)):
+            if self.captured(x):
+                raise ValueError(
+                    f"remat({self.name}): the function uses a tensor that is being differentiated "
+                    f"but is not one of its arguments (shape {tuple(x.shape)}); its gradient would "
+                    f"be lost. Pass it as an argument."
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def remat(fn: Callable) -> Callable:
+    """Recompute ``fn`` in the backward pass instead of keeping its intermediates.
+
+    ``remat(fn)(*args, **kwargs)`` equals ``fn(*args, **kwargs)`` and has the same gradients; between
+    forward and backward only the arguments are kept. Unlike ``torch.utils.checkpoint`` it works
+    inside ``torch.func`` transforms, under any nesting of them, and under ``torch.compile`` (where
+    the compiler may choose to keep what it would recompute).
+
+    Args:
+        fn: a function of pytrees of tensors, returning a pytree of tensors. It must be pure:
+            everything it differentiates comes in as an argument, and it draws no random numbers.
+            Bind static arguments first, ``remat(partial(block, config=config))``.
+
+    Returns:
+        The function with the same signature. Call ``remat`` outside compiled functions.
+
+    Raises:
+        ValueError: when ``fn`` uses a tensor under differentiation that is not an argument. (One
+            used only inside a further transform within ``fn`` is not noticed.)
+        NotImplementedError: under forward-mode differentiation.
+
+    >>> square_sum = remat(lambda x: (x * x).sum())
+    >>> torch.func.grad(square_sum)(torch.tensor([1.0, 2.0]))
+    tensor([2., 4.])
+    """
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError("remat: call remat(fn) outside the compiled function and use the result inside")
+    fn_name = getattr(fn, "__name__", type(fn).__name__)
+    out_spec: pytree.TreeSpec | None = None
+
+    def forward(spec: pytree.TreeSpec, *leaves: Any) -> tuple[Tensor, ...]:
+        nonlocal out_spec
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        with _RefuseCaptured(leaves, fn_name):
+            out_leaves, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
+        return tuple(out_leaves)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        spec, *leaves = inputs
+        ctx.spec = spec
+        ctx.is_tensor = [isinstance(x, Tensor) for x in leaves]
+        ctx.static = [x for x in leaves if not isinstance(x, Tensor)]
+        ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
+
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        tensors, static = iter(ctx.saved_tensors), iter(ctx.static)
+        leaves = [next(tensors) if is_tensor else next(static) for is_tensor in ctx.is_tensor]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+
+        def rerun(*differentiated: Tensor) -> tuple[Tensor, ...]:
+            merged = list(leaves)
+            for i, x in zip(wanted, differentiated, strict=True):
+                merged[i] = x
+            args, kwargs = pytree.tree_unflatten(merged, ctx.spec)
+            return tuple(pytree.tree_leaves(fn(*args, **kwargs)))
+
+        _, pullback = torch.func.vjp(rerun, *(leaves[i] for i in wanted))
+        grads: list[Any] = [None] * len(leaves)
+        for i, g in zip(wanted, pullback(tuple(cotangents)), strict=True):
+            grads[i] = g
+        return (None, *grads)
+
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(f"remat({fn_name}): forward-mode derivatives are not defined")
+
+    function = type(
+        f"remat_{fn_name}",
+        (Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
+        },
+    )
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        out_leaves = function.apply(spec, *leaves)
+        return pytree.tree_unflatten(out_leaves, out_spec)
+
+    traced = torch._dynamo.nonstrict_trace(run)
+
+    @functools.wraps(fn)
+    def rematerialised(*args: Any, **kwargs: Any) -> Any:
+        return traced(*args, **kwargs)
+
+    return rematerialised

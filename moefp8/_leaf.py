@@ -1,0 +1,66 @@
+"""Leaf operators: opaque to autograd and the compiler, transparent to vmap.
+
+A leaf is a ``torch.library.custom_op`` with a fake (shapes for tracing) and a vmap rule. It has no
+derivative of its own: only ``_custom_vjp`` gives a leaf one. Being opaque, it returns the same bits
+in eager mode and under ``torch.compile``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+def leaf(name: str, *, fake: Callable, vmap: Callable) -> Callable[[Callable], Any]:
+    """Register the decorated function as ``moefp8::name``.
+
+    Args:
+        name: operator name inside the ``moefp8`` namespace.
+        fake: same signature, returns empty tensors of the right shape and dtype.
+        vmap: ``over_leading`` or ``by_loop`` below.
+    """
+
+    def decorate(fn: Callable) -> Any:
+        op = torch.library.custom_op(f"moefp8::{name}", fn, mutates_args=())
+        op.register_fake(fake)
+        op.register_vmap(vmap(op))
+        return op
+
+    return decorate
+
+
+def _lead(x: Any, dim: int | None, size: int) -> Any:
+    """``x`` with its batch dimension in front; unbatched tensors are broadcast, the rest passes."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def over_leading(op: Callable) -> Callable:
+    """Batching rule of an op that counts axes from the end: one more leading axis is all it takes."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        out = op(*(_lead(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
+        return out, pytree.tree_map(lambda _: 0, out)
+
+    return rule
+
+
+def by_loop(op: Callable) -> Callable:
+    """Batching rule of an op of fixed rank: call it once per batch entry and stack."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        def entry(i: int) -> Any:
+            picked = (
+                x.select(d, i) if isinstance(x, Tensor) and d is not None else x
+                for x, d in zip(args, in_dims, strict=True)
+            )
+            return op(*picked)
+
+        outs = [entry(i) for i in range(info.batch_size)]
+        stacked = pytree.tree_map(lambda *xs: torch.stack(xs), *outs)
+        return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+    return rule
