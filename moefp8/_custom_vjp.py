@@ -27,23 +27,33 @@ from torch.overrides import TorchFunctionMode
 _functorch = torch._C._functorch
 
 
-def _sealed(name: str, forward: Callable, why: str) -> Any:
-    """A Function whose derivative, of either kind, raises NotImplementedError(``name: why``)."""
-
-    def refuse(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: {why}")
-
+def _function(
+    name: str, forward: Callable, backward: Callable, jvp: Callable, setup_context: Callable | None = None
+) -> Any:
+    """A Function class: its vmap rule is made from its parts, and by default it saves nothing."""
     return type(
         name,
         (Function,),
         {
             "generate_vmap_rule": True,
             "forward": staticmethod(forward),
-            "setup_context": staticmethod(lambda ctx, inputs, output: None),
-            "backward": staticmethod(refuse),
-            "jvp": staticmethod(refuse),
+            "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
         },
     )
+
+
+def _refuse(name: str, why: str) -> Callable:
+    """A derivative that raises NotImplementedError(``name: why``)."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: {why}")
+
+    return refuse
+
+
+_NO_FORWARD_MODE = "forward-mode derivatives are not defined; use reverse mode"
 
 
 def custom_vjp(
@@ -63,7 +73,9 @@ def custom_vjp(
         ``op(static, *operands) -> out`` that keeps ``bwd`` as its derivative under every transform
         in ``docs/transforms.md``. Second order and forward mode raise NotImplementedError.
     """
-    backward_once = _sealed(name, bwd, "second-order derivatives are not defined")
+    # vmap compares the structures of outputs, and autograd turns a list into a tuple on the way.
+    no_second_order = _refuse(name, "second-order derivatives are not defined")
+    backward_once = _function(name, lambda *args: tuple(bwd(*args)), no_second_order, no_second_order)
 
     def forward(static: Any, *operands: Tensor) -> tuple[Tensor, ...]:
         out, residuals = fwd(static, *operands)
@@ -81,20 +93,7 @@ def custom_vjp(
         needed = tuple(ctx.needs_input_grad[1:])
         return (None, *backward_once.apply(ctx.static, needed, *ctx.saved_tensors, cotangent))
 
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: forward-mode derivatives are not defined; use reverse mode")
-
-    function = type(
-        name,
-        (Function,),
-        {
-            "generate_vmap_rule": True,
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(jvp),
-        },
-    )
+    function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
 
     def op(static: Any, *operands: Tensor) -> Tensor:
         return function.apply(static, *operands)[0]
@@ -104,7 +103,8 @@ def custom_vjp(
 
 def non_differentiable(name: str, fn: Callable, instead: str) -> Callable:
     """``fn(static, *operands)`` as an operation whose derivative raises and says what to do instead."""
-    function = _sealed(name, fn, f"has no useful derivative; {instead}")
+    no_derivative = _refuse(name, f"has no useful derivative; {instead}")
+    function = _function(name, fn, no_derivative, no_derivative)
 
     def op(static: Any, *operands: Tensor) -> Any:
         return function.apply(static, *operands)
@@ -176,7 +176,8 @@ def remat(fn: Callable) -> Callable:
     if torch.compiler.is_dynamo_compiling():
         raise RuntimeError("remat: call remat(fn) outside the compiled function and use the result inside")
     fn_name = getattr(fn, "__name__", type(fn).__name__)
-    out_spec: pytree.TreeSpec | None = None
+    # The structure of the result, known once the function has run.
+    out_spec: pytree.TreeSpec
 
     def forward(spec: pytree.TreeSpec, *leaves: Any) -> tuple[Tensor, ...]:
         nonlocal out_spec
@@ -204,26 +205,14 @@ def remat(fn: Callable) -> Callable:
             args, kwargs = pytree.tree_unflatten(merged, ctx.spec)
             return tuple(pytree.tree_leaves(fn(*args, **kwargs)))
 
-        _, pullback = torch.func.vjp(rerun, *(leaves[i] for i in wanted))
+        pullback = torch.func.vjp(rerun, *(leaves[i] for i in wanted))[1]
         grads: list[Any] = [None] * len(leaves)
         for i, g in zip(wanted, pullback(tuple(cotangents)), strict=True):
             grads[i] = g
         return (None, *grads)
 
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise NotImplementedError(f"remat({fn_name}): forward-mode derivatives are not defined")
-
-    function = type(
-        f"remat_{fn_name}",
-        (Function,),
-        {
-            "generate_vmap_rule": True,
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(jvp),
-        },
-    )
+    name = f"remat({fn_name})"
+    function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))

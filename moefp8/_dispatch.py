@@ -1,0 +1,59 @@
+"""Choosing an implementation: the first that can serve the call, or every reason why none can."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moefp8.recipe import Recipe
+
+
+class Request(NamedTuple):
+    """What an implementation needs to know to decide whether it can serve a call."""
+
+    form: str  # "rows", "contraction" or "dense", see kernels/reference.py
+    device: torch.device
+    dtypes: tuple[torch.dtype, torch.dtype]
+    recipe: Recipe
+    out_dtype: torch.dtype
+
+
+class Implementation(NamedTuple):
+    """The three products, and whether a call can be served.
+
+    ``rows``, ``contraction`` and ``dense`` have the signatures of ``kernels/reference.py``, which
+    defines what they compute.
+    """
+
+    name: str
+    #: Why the call cannot be served, or None if it can.
+    refuse: Callable[[Request], str | None]
+    rows: Callable
+    contraction: Callable
+    dense: Callable
+
+
+def choose(
+    wanted: str | Sequence[str] | None, request: Request, registry: dict[str, Implementation]
+) -> Implementation:
+    """The first of ``wanted`` (all of the registry in its order, if None) that serves ``request``.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: a single name that refuses.
+        ExceptionGroup: several, and all refuse; one NotImplementedError each.
+    """
+    names = list(registry) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in registry]
+    if unknown or not names:
+        known = ", ".join(map(repr, registry))
+        raise ValueError(f"implementation: expected one or more of {known}, got {wanted!r}")
+    refusals = []
+    for name in names:
+        reason = registry[name].refuse(request)
+        if reason is None:
+            return registry[name]
+        refusals.append(NotImplementedError(f"implementation {name!r}: {reason}"))
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise ExceptionGroup("implementation: none can serve this call", refusals)

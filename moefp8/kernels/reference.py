@@ -1,0 +1,152 @@
+"""The reference products in plain torch: quantise, dequantise, multiply in float32.
+
+This is the definition. Every kernel is compared with it, and it is fast enough to train small
+models on a CPU. Three forms, closed under differentiation (``grouped.py`` and ``dense.py``)::
+
+    rows         (M, K) x (G, K, N) -> (M, N)      rows of a grouped by offs, one matrix a group
+    contraction  (M, T) x (T, N)    -> (G, M, N)   the contraction grouped, one result a group
+    dense        (..., M, K) x (..., K, N) -> (..., M, N)
+
+Cost of ``rows`` with an FP8 recipe, beside the 2 M K N operations: some ten passes over each
+operand, 1.5 to 2 ns an element on two cores. The grouped multiplications read ``offs`` on the host.
+"""
+
+import torch
+from torch import Tensor
+
+from moefp8._dispatch import Implementation
+from moefp8._leaf import by_loop, leaf
+from moefp8._quantize import dequantize, quantize, quantize_jagged, stored_group
+from moefp8.formats import BLOCK
+from moefp8.groups import group_ids, read_ends
+from moefp8.mx import MXArray
+from moefp8.recipe import Gemm
+
+
+def _rule(gemm: Gemm) -> tuple[str, int]:
+    """Scale rule and span of the leaf operators for a quantising ``gemm``."""
+    if gemm.format == "row":
+        return "fp32", -1
+    return gemm.rule, BLOCK if gemm.group is None else gemm.group
+
+
+def fake_quantize(x: Tensor | MXArray, axis: int, gemm: Gemm) -> Tensor:
+    """The values a product sees of ``x``, quantised along its contraction ``axis`` (-1 or -2)."""
+    if isinstance(x, MXArray):
+        return dequantize(x.data, x.scale, x.axis, x.group, torch.float32)
+    if gemm.format == "none":
+        return x
+    if x.stride(axis) != 1 and x.mT.is_contiguous():  # follow memory: blocks lie along the fast axis
+        return fake_quantize(x.mT, -3 - axis, gemm).mT
+    rule, group = _rule(gemm)
+    return dequantize(*quantize(x, axis, gemm.dtype, rule, group, None), axis, group, torch.float32)
+
+
+def fake_quantize_jagged(x: Tensor, offs: Tensor, gemm: Gemm) -> tuple[Tensor, Tensor]:
+    """The same along the rows of ``x`` (T, N), per group; rows move into segments with new ends."""
+    if gemm.format == "none":
+        return x, offs
+    rule, group = _rule(gemm)
+    data, scale, ends = quantize_jagged(x, offs, gemm.dtype, rule, group)
+    return dequantize(data, scale, -2, stored_group(group), torch.float32), ends
+
+
+def _common(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Operands in the dtype to multiply in: their own if it is the result's, else at least float32."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    if dtype != out_dtype:
+        dtype = torch.promote_types(torch.promote_types(dtype, out_dtype), torch.float32)
+    return a.to(dtype), b.to(dtype)
+
+
+# --- grouped multiplication ----------------------------------------------------------------------
+
+
+def _fake_multiply_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@leaf("multiply_rows", fake=_fake_multiply_rows, vmap=by_loop)
+def multiply_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """``out[i] = a[i] @ b[g]`` for the rows i of each group g; zero for rows of none."""
+    out = a.new_empty(a.shape[0], b.shape[2])
+    start = 0
+    for end, matrix in zip(read_ends(offs, a.shape[0]), b, strict=True):
+        torch.mm(a[start:end], matrix, out=out[start:end])
+        start = end
+    out[start:] = 0
+    return out
+
+
+def _fake_multiply_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+
+
+@leaf("multiply_contraction", fake=_fake_multiply_contraction, vmap=by_loop)
+def multiply_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """``out[g] = a[:, rows of g] @ b[rows of g]``; zero for an empty group."""
+    out = a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    start = 0
+    for end, matrix in zip(read_ends(offs, b.shape[0]), out, strict=True):
+        torch.mm(a[:, start:end], b[start:end], out=matrix)
+        start = end
+    return out
+
+
+# --- the three products --------------------------------------------------------------------------
+
+
+def rows(
+    a: Tensor | MXArray, b: Tensor, offs: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
+) -> Tensor:
+    """``out[i] = a[i] @ b[g] + bias[g]`` for the rows i of group g, rounded once to ``out_dtype``.
+
+    Args:
+        a: (M, K), or an MXArray quantised along K.
+        b: (G, K, N).
+        offs: (G,).
+        bias: (N,), (G, N) or None.
+    """
+    a, b = fake_quantize(a, -1, gemm), fake_quantize(b, -2, gemm)
+    a, b = _common(a, b, torch.float32 if bias is not None else out_dtype)
+    out = multiply_rows(a, b, offs)
+    if bias is not None:
+        per_group = bias.to(out.dtype).expand(offs.shape[0], -1)
+        with_tail = torch.cat([per_group, torch.zeros_like(per_group[:1])])  # rows past offs[-1] stay zero
+        out = out + with_tail.index_select(0, group_ids(offs, out.shape[0]))
+    return out.to(out_dtype)
+
+
+def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+    """``out[g] = a[:, rows of g] @ b[rows of g]``, rounded once to ``out_dtype``.
+
+    Args:
+        a: (M, T).
+        b: (T, N).
+        offs: (G,) ends along T.
+    """
+    left, ends = fake_quantize_jagged(a.mT, offs, gemm)
+    right, _ = fake_quantize_jagged(b, offs, gemm)
+    left, right = _common(left, right, out_dtype)
+    return multiply_contraction(left.mT, right, ends).to(out_dtype)
+
+
+def dense(
+    a: Tensor | MXArray, b: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
+) -> Tensor:
+    """``out = a @ b + bias``, batched over leading axes, rounded once to ``out_dtype``.
+
+    Args:
+        a: (..., M, K), or an MXArray quantised along K.
+        b: (..., K, N).
+        bias: broadcastable to (..., M, N), or None.
+    """
+    a, b = fake_quantize(a, -1, gemm), fake_quantize(b, -2, gemm)
+    a, b = _common(a, b, torch.float32 if bias is not None else out_dtype)
+    out = a @ b
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out.to(out_dtype)
+
+
+IMPLEMENTATION = Implementation("reference", lambda request: None, rows, contraction, dense)
