@@ -18,7 +18,7 @@ from moefp8.formats import (
     decode_scale,
     element_format,
 )
-from moefp8.groups import segments
+from moefp8.groups import checked_ends, segments
 
 
 def _exponent_byte(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
@@ -152,7 +152,7 @@ def quantize_jagged(
     Scales are one a ``group`` rows; for ``group`` -1 they agree over each whole segment and are
     stored for every 32 rows (:func:`stored_group`).
     """
-    plan = segments(offs, x.shape[0], max(group, BLOCK))
+    plan = segments(checked_ends(offs, x.shape[0]), x.shape[0], max(group, BLOCK))
     padded = plan.pad(x)
     if group > 0:
         return *quantize(padded, -2, dtype, rule, group, None), plan.ends

@@ -2,13 +2,15 @@
 
 ``offs`` is a ``(G,)`` int32 tensor holding the *end* row of each group, so group g owns the rows
 ``offs[g-1] <= i < offs[g]`` and rows at and past ``offs[-1]`` belong to nobody. Everything here is
-computed on the device of ``offs``; no function reads it on the host.
+computed on the device of ``offs``, and only ``read_ends`` reads it on the host.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moefp8._leaf import leaf, over_leading
 
 
 def generate_jagged_offs(
@@ -73,6 +75,25 @@ def read_ends(offs: Tensor, rows: int) -> list[int]:
     return ends
 
 
+def _fake_checked_ends(offs: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(offs)
+
+
+@leaf("checked_ends", fake=_fake_checked_ends, vmap=over_leading)
+def checked_ends(offs: Tensor, rows: int) -> Tensor:
+    """A copy of ``offs``; on a CPU, where looking costs nothing, ends that decrease or pass ``rows`` raise.
+
+    A leaf, so that it still looks under ``vmap`` and in compiled graphs. On a GPU it looks at nothing.
+    """
+    if offs.device.type == "cpu":
+        steps = torch.diff(offs, prepend=offs.new_zeros(()).expand(*offs.shape[:-1], 1))
+        if (steps < 0).any() or (offs > rows).any():
+            raise ValueError(
+                f"offs: expected non-decreasing group ends in [0, {rows}], got {offs.tolist()}"
+            )
+    return offs.clone()
+
+
 def group_ids(offs: Tensor, rows: int) -> Tensor:
     """Owner of each row: ``(rows,)`` int64 in [0, G], where G marks the rows past ``offs[-1]``."""
     # A comparison table rather than searchsorted: under vmap over offs that one has no batching rule.
@@ -97,6 +118,8 @@ class Segments(NamedTuple):
 
     def pad(self, x: Tensor) -> Tensor:
         """Lay the rows of ``x`` (M, ...) out in segments (P, ...); padding rows are zero."""
+        if x.shape[0] == 0:  # no row to point the padding at
+            return x.new_zeros(self.source.shape[0], *x.shape[1:])
         shape = (-1,) + (1,) * (x.ndim - 1)
         return torch.where(self.valid.view(shape), x.index_select(0, self.source), 0)
 

@@ -150,9 +150,10 @@ def quantize_mx(
         E    = floor(log2(A)) - emax        rule "floor" (OCP): elements over max * 2^E saturate
         data = round_to_nearest_even(clamp(x / 2^E, -max, max))
 
-    computed from the bits of A, exactly. Scales below 2^-127 become 2^-127, so zeros and blocks too
-    small to scale stay exact. If ``group`` is larger than 32, all blocks of a span take the largest
-    E among them. A NaN or an infinity turns its own block of 32 into NaN and no other.
+    computed from the bits of A, exactly. Scales below 2^-127 become 2^-127, so a block of zeros stays
+    exact; a block whose scale would pass 2^127, which takes float64, becomes NaN. If ``group`` is
+    larger than 32, all blocks of a span take the largest E among them. A NaN or an infinity turns its
+    own block of 32 into NaN and no other.
 
     Args:
         x: float64, float32, bfloat16 or float16, at least one axis, any strides.
@@ -166,7 +167,7 @@ def quantize_mx(
         An :class:`MXArray` of the shape of ``x``.
 
     Raises:
-        TypeError: ``x`` is not one of those dtypes, or ``dtype`` is not FP8.
+        TypeError: ``x`` is not one of those dtypes, ``dtype`` not FP8, or ``axis`` not an int.
         ValueError: unknown ``rule``, ``group`` not a multiple of 32, ``axis`` out of range.
         NotImplementedError: when a derivative is taken through it.
 
@@ -180,6 +181,8 @@ def quantize_mx(
     element_format(dtype)
     check_rule(rule)
     check_group(group)
+    if not isinstance(axis, int):
+        raise TypeError(f"axis: expected an int, got {axis!r}")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis: {axis} is out of range for x of shape {tuple(x.shape)}")
     axis = axis - x.ndim if axis >= 0 else axis
@@ -190,8 +193,9 @@ def quantize_mx(
 def dequantize_mx(q: MXArray, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The values an :class:`MXArray` stands for: ``data * 2^(scale - 127)``, scales repeated.
 
-    Exact in float32 and float64. Exact in bfloat16 unless the value is below 2^-126, where bfloat16
-    is coarser than an MX element can be.
+    Exact in float64, and in float32 but for arrays of float64 values past its range, which become
+    infinite. Exact in bfloat16 unless the value is below 2^-126, where bfloat16 is coarser than an MX
+    element can be.
 
     Args:
         q: from :func:`quantize_mx`.
@@ -215,7 +219,7 @@ def dequantize_mx(q: MXArray, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def mx_error_bound(x: Tensor, q: MXArray) -> Tensor:
-    """Elementwise bound on ``|x - dequantize_mx(q, torch.float32)|`` for ``q = quantize_mx(x, ...)``.
+    """Elementwise bound on ``|x - dequantize_mx(q)|``, dequantised exactly, for ``q = quantize_mx(x)``.
 
     With the element's scale s = 2^E, mantissa bits m, smallest exponent e and largest value max::
 
@@ -250,6 +254,8 @@ def mx_error_bound(x: Tensor, q: MXArray) -> Tensor:
     # The scale of each element: an array of ones with the same scales.
     one = torch.ones_like(x, dtype=torch.float32).to(q.dtype)
     s = dequantize_mx(MXArray(one, q.scale, q.axis, q.group), wide)
+    # Under an aligned scale a poisoned block is told by its elements alone.
+    s = torch.where(dequantize_mx(q, wide).isnan(), torch.nan, s)
     a = x.detach().to(wide).abs()
     rounding = torch.maximum(a / round(1 / fmt.half_ulp), s * fmt.half_min_subnormal)
     return torch.maximum(rounding, a - fmt.max * s)
