@@ -66,10 +66,10 @@ def prepare(
 ) -> Static:
     """Check what every form has in common and choose the implementation."""
     check_recipe(recipe)
-    _check_operand(a, "a", recipe)
+    check_operand(a, "a", recipe)
     if isinstance(b, MXArray):
         raise TypeError("b: expected a high-precision tensor, got an MXArray; only a may be quantised")
-    _check_operand(b, "b", recipe)
+    check_operand(b, "b", recipe)
     if b.device != a.device:
         raise ValueError(f"b: is on {b.device}, a on {a.device}")
     if bias is not None:
@@ -86,7 +86,7 @@ def prepare(
     return Static(recipe, out_dtype, chosen.name, bias is not None, a_group)
 
 
-def _check_operand(x: Tensor | MXArray, name: str, recipe: Recipe) -> None:
+def check_operand(x: Tensor | MXArray, name: str, recipe: Recipe) -> None:
     if isinstance(x, MXArray):
         if x.axis != -1:
             raise ValueError(f"{name}: expected an MXArray quantised along K (axis -1), got axis {x.axis}")
