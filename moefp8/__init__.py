@@ -4,6 +4,7 @@ from moefp8._custom_vjp import remat
 from moefp8.dense import scaled_mm
 from moefp8.grouped import scaled_grouped_mm
 from moefp8.groups import generate_jagged_offs
+from moefp8.moe import expert_ffn, init_moe_ffn, moe_ffn
 from moefp8.mx import MXArray, dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
 from moefp8.recipe import (
     BF16,
@@ -14,6 +15,7 @@ from moefp8.recipe import (
     Gemm,
     Recipe,
 )
+from moefp8.routing import MoEConfig, MoEStats, Routing, route, routing_stats, update_expert_bias
 
 __all__ = [
     "BF16",
@@ -23,13 +25,22 @@ __all__ = [
     "MXFP8_WGRAD_HP",
     "Gemm",
     "MXArray",
+    "MoEConfig",
+    "MoEStats",
     "Recipe",
+    "Routing",
     "dequantize_mx",
+    "expert_ffn",
     "generate_jagged_offs",
+    "init_moe_ffn",
+    "moe_ffn",
     "mx_error_bound",
     "quantize_mx",
     "quantize_mx_jagged",
     "remat",
+    "route",
+    "routing_stats",
     "scaled_grouped_mm",
     "scaled_mm",
+    "update_expert_bias",
 ]

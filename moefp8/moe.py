@@ -1,0 +1,348 @@
+"""The MoE layer: route, lay the tokens out by expert, run the experts, add up what comes back.
+
+::
+
+    x (T, D) --route--> weights, indices (T, top_k)
+             --gather-> rows (M, D), M = T top_k, sorted by expert
+             --expert_ffn: three grouped products and SwiGLU--> (M, D)
+             --combine--> y (T, D)
+
+Dropless: every expert takes all tokens routed to it, however many. Parameters are a plain dict, and
+an optional parameter is an absent key.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefp8._custom_vjp import custom_vjp
+from moefp8._operands import check_operand
+from moefp8.dense import scaled_mm
+from moefp8.grouped import scaled_grouped_mm
+from moefp8.recipe import MXFP8, Recipe, check_recipe
+from moefp8.routing import (
+    MoEConfig,
+    MoEStats,
+    check_config,
+    check_param,
+    count_tokens,
+    route,
+    routing_stats,
+)
+
+Params = dict[str, Any]
+
+
+def init_moe_ffn(
+    generator: torch.Generator,
+    config: MoEConfig,
+    *,
+    bias: bool = False,
+    router_bias: bool = False,
+    expert_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Params:
+    """Draw the parameters of :func:`moe_ffn`: normal weights of variance 1 / fan-in, zero biases.
+
+    Args:
+        generator: the only source of randomness. Numbers are drawn in float32 on its device, so one
+            seed gives the same weights in every dtype, up to rounding.
+        config: a :class:`MoEConfig`.
+        bias: give every expert, the shared one included, biases ``b1, b2, b3``.
+        router_bias: give the router a bias.
+        expert_bias: add the selection-only bias of :func:`update_expert_bias`, always float32.
+        dtype: of everything else.
+        device: where the result lives; the generator's device if left out.
+
+    Returns:
+        A dict, E = num_experts, D = dim, H = hidden, S = shared_hidden::
+
+            router (E, D)  w1 (E, H, D)  w2 (E, D, H)  w3 (E, H, D)
+            b1 (E, H)  b2 (E, D)  b3 (E, H)                  if bias
+            router_bias (E,)                                 if router_bias
+            expert_bias (E,) float32                         if expert_bias
+            shared {w1 (S, D), w2 (D, S), w3 (S, D), ...}    if S > 0
+
+    Raises:
+        TypeError, ValueError: ``generator`` is none, or a field of ``config`` is out of range.
+
+    >>> config = MoEConfig(dim=8, hidden=16, num_experts=4, top_k=2)
+    >>> params = init_moe_ffn(torch.Generator().manual_seed(0), config)
+    >>> {name: tuple(p.shape) for name, p in params.items()}
+    {'router': (4, 8), 'w1': (4, 16, 8), 'w2': (4, 8, 16), 'w3': (4, 16, 8)}
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    check_config(config)
+    device = generator.device if device is None else torch.device(device)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=generator.device) * shape[-1] ** -0.5
+        return x.to(device=device, dtype=dtype)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    def ffn(*lead: int, hidden: int) -> Params:
+        dim = config.dim
+        weights = {
+            "w1": normal(*lead, hidden, dim),
+            "w2": normal(*lead, dim, hidden),
+            "w3": normal(*lead, hidden, dim),
+        }
+        biases = {"b1": zeros(*lead, hidden), "b2": zeros(*lead, dim), "b3": zeros(*lead, hidden)}
+        return weights | biases if bias else weights
+
+    num_experts = config.num_experts
+    params: Params = {"router": normal(num_experts, config.dim), **ffn(num_experts, hidden=config.hidden)}
+    if router_bias:
+        params["router_bias"] = zeros(num_experts)
+    if expert_bias:
+        params["expert_bias"] = torch.zeros(num_experts, device=device)
+    if config.shared_hidden:
+        params["shared"] = ffn(hidden=config.shared_hidden)
+    return params
+
+
+# --- moving rows ---------------------------------------------------------------------------------
+
+
+class RowOrder(NamedTuple):
+    """The rows t * top_k + j (choice j of token t) sorted by expert, and the way back.
+
+    Attributes:
+        source: ``(M,)`` which t * top_k + j lies at each sorted row.
+        slot: ``(M,)`` the sorted row of each t * top_k + j; the inverse of ``source``.
+        offs: ``(E,)`` int32 end row of each expert.
+    """
+
+    source: Tensor
+    slot: Tensor
+    offs: Tensor
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> RowOrder:
+    """Order the rows of ``indices`` (T, top_k) by expert, and by token within an expert.
+
+    Ids of ``num_experts`` and above (tokens of other ranks) sort past ``offs[-1]``.
+    """
+    flat = indices.reshape(-1)
+    source = flat.sort(stable=True).indices
+    row = torch.arange(flat.shape[0], device=flat.device)
+    slot = torch.zeros_like(source).scatter(0, source, row)
+    return RowOrder(source, slot, count_tokens(flat, num_experts).cumsum(0).to(torch.int32))
+
+
+class _Take(NamedTuple):
+    copies: int
+
+
+def _take_fwd(static: _Take, x: Tensor, index: Tensor, back: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    return x.index_select(0, index), (back,)
+
+
+def _take_bwd(static: _Take, needed: tuple[bool, ...], back: Tensor, g: Tensor) -> Sequence[Tensor | None]:
+    if not needed[0]:
+        return None, None, None
+    copies = g.index_select(0, back).unflatten(0, (back.shape[0] // static.copies, static.copies))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return copies.sum(1, dtype=wide).to(g.dtype), None, None
+
+
+# A gather whose transpose is a gather: row i of x is copied to the rows back[i * copies + j]. Left to
+# autograd the transpose would be an index_add, which rounds to bfloat16 at every copy, adds in no
+# fixed order on a GPU, and takes a microsecond a row on a CPU.
+_take = custom_vjp("moe_ffn", _take_fwd, _take_bwd)
+
+
+def gather_rows(x: Tensor, order: RowOrder, top_k: int) -> Tensor:
+    """Copy each token of ``x`` (T, D) to its ``top_k`` experts' rows (M, D)."""
+    return _take(_Take(top_k), x, order.source // top_k, order.slot)
+
+
+def combine_rows(y: Tensor, order: RowOrder, weights: Tensor | None, top_k: int) -> Tensor:
+    """Add up the ``top_k`` rows of ``y`` (M, D) that belong to each token: (T, D).
+
+    In float32, weighted if ``weights`` (T, top_k) are given, rounded once to the dtype of ``y``.
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    rows = _take(_Take(1), y, order.slot, order.source)
+    rows = rows.unflatten(0, (y.shape[0] // top_k, top_k)).to(wide)
+    if weights is not None:
+        rows = rows * weights.to(wide).unsqueeze(-1)
+    return rows.sum(1).to(y.dtype)
+
+
+# --- experts -------------------------------------------------------------------------------------
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` in float32, rounded once."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def expert_ffn(
+    params: Mapping[str, Any],
+    x: Tensor,
+    offs: Tensor,
+    *,
+    recipe: Recipe = MXFP8,
+    implementation: str | Sequence[str] | None = None,
+) -> Tensor:
+    """The SwiGLU feed-forward of each expert on its own rows.
+
+    For the rows i of expert e::
+
+        gate   = w1[e] @ x[i] + b1[e]
+        up     = w3[e] @ x[i] + b3[e]
+        hidden = silu(gate) * up
+        out[i] = w2[e] @ hidden + b2[e]
+
+    with the three products under ``recipe``, and ``silu(gate) * up`` in float32, rounded once.
+
+    Args:
+        params: ``w1`` ``(E, H, D)``, ``w2`` ``(E, D, H)``, ``w3`` ``(E, H, D)``, and if present ``b1``
+            ``(E, H)``, ``b2`` ``(E, D)``, ``b3`` ``(E, H)``. Other keys are ignored.
+        x: ``(M, D)`` rows sorted by expert.
+        offs: ``(E,)`` int32 end row of each expert. Rows at and past ``offs[-1]`` give zero.
+        recipe, implementation: as for :func:`scaled_grouped_mm`.
+
+    Returns:
+        ``(M, D)`` of the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`scaled_grouped_mm`; a missing parameter.
+
+    >>> params = init_moe_ffn(torch.Generator(), MoEConfig(dim=32, hidden=64, num_experts=2, top_k=1))
+    >>> expert_ffn(params, torch.ones(5, 32), torch.tensor([2, 5], dtype=torch.int32)).shape
+    torch.Size([5, 32])
+    """
+    check_recipe(recipe)
+    check_operand(x, "x", recipe)
+    if x.ndim != 2:
+        raise ValueError(f"x: expected shape (M, D), got {tuple(x.shape)}")
+    if "w1" not in params or getattr(params["w1"], "ndim", 0) != 3:
+        raise ValueError("params['w1']: expected a tensor of shape (E, H, D)")
+    _check_ffn(params, (params["w1"].shape[0],), x.shape[1], params["w1"].shape[1], recipe, "params")
+
+    def product(x: Tensor, i: int) -> Tensor:
+        weight, bias = params[f"w{i}"], params.get(f"b{i}")
+        return scaled_grouped_mm(
+            x, weight.mT, offs, bias=bias, recipe=recipe, implementation=implementation
+        )
+
+    return product(_swiglu(product(x, 1), product(x, 3)), 2)
+
+
+def _shared_ffn(
+    params: Mapping[str, Any], x: Tensor, recipe: Recipe, implementation: str | Sequence[str] | None
+) -> Tensor:
+    """The same for the one expert that every token goes through."""
+
+    def product(x: Tensor, i: int) -> Tensor:
+        weight, bias = params[f"w{i}"], params.get(f"b{i}")
+        return scaled_mm(x, weight.mT, bias=bias, recipe=recipe, implementation=implementation)
+
+    return product(_swiglu(product(x, 1), product(x, 3)), 2)
+
+
+def _check_ffn(
+    params: Mapping[str, Any], lead: tuple[int, ...], dim: int, hidden: int, recipe: Recipe, where: str
+) -> None:
+    """Check w1, w2, w3 and those of b1, b2, b3 that are there."""
+    shapes = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
+    biases = {"b1": (hidden,), "b2": (dim,), "b3": (hidden,)}
+    for key, shape in (shapes | biases).items():
+        if key in shapes or key in params:
+            check_param(params, key, (*lead, *shape), where)
+    for key in shapes:
+        check_operand(params[key], f"{where}[{key!r}]", recipe)
+
+
+def _check_moe(params: Mapping[str, Any], x: Tensor, config: MoEConfig, recipe: Recipe) -> None:
+    """What ``route`` does not check: unknown names, the experts, and what the recipe asks of dtypes."""
+    check_config(config)
+    check_recipe(recipe)
+    check_operand(x, "x", recipe)
+    experts = ("w1", "w2", "w3", "b1", "b2", "b3")
+    shared = ("shared",) if config.shared_hidden else ()
+    _check_keys(params, ("router", "router_bias", "expert_bias", *experts, *shared), "params")
+    _check_ffn(params, (config.num_experts,), config.dim, config.hidden, recipe, "params")
+    if shared:
+        where = "params['shared']"
+        if not isinstance(params.get("shared"), Mapping):
+            raise ValueError(f"{where}: config.shared_hidden is {config.shared_hidden}; expected a dict")
+        _check_keys(params["shared"], experts, where)
+        _check_ffn(params["shared"], (), config.dim, config.shared_hidden, recipe, where)
+
+
+def _check_keys(params: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = [key for key in params if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; expected some of {', '.join(known)}")
+
+
+def moe_ffn(
+    params: Mapping[str, Any],
+    x: Tensor,
+    *,
+    config: MoEConfig,
+    recipe: Recipe = MXFP8,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Tensor, MoEStats]:
+    """Dropless Mixture-of-Experts feed-forward layer, as a function of a plain dict.
+
+    With the ``indices`` and ``weights`` of :func:`route`, for each token::
+
+        y = sum over j of  weights[j] * ffn[indices[j]](x)        scores_on "output"
+        y = sum over j of  ffn[indices[j]](weights[j] * x)        scores_on "input"
+        y = y + ffn[shared](x)                                    if shared_hidden
+
+    where ``ffn[e]`` is :func:`expert_ffn`. The recipe governs the products of the experts, the shared
+    one included; the router stays in float32. The sum runs in float32 and is rounded once. Each row of
+    ``y`` depends on its own row of ``x`` only.
+
+    Args:
+        params: as :func:`init_moe_ffn` makes them. Leave an optional parameter out, never None.
+        x: ``(..., D)`` float32, bfloat16 or float16; float64 if the recipe does not quantise.
+        config: a :class:`MoEConfig`.
+        recipe, implementation: as for :func:`scaled_grouped_mm`.
+
+    Returns:
+        ``(y, stats)``: ``y`` of the shape and dtype of ``x``, and :class:`MoEStats`.
+
+    Raises:
+        TypeError: ``x`` or a parameter that is not floating point, or float64 with a recipe that
+            quantises.
+        ValueError: a field of ``config`` out of range; a missing or unknown parameter, or one of the
+            wrong shape.
+        NotImplementedError: the implementation cannot serve the call; second-order or forward-mode
+            differentiation.
+
+    >>> config = MoEConfig(dim=32, hidden=64, num_experts=4, top_k=2)
+    >>> params = init_moe_ffn(torch.Generator().manual_seed(0), config)
+    >>> y, stats = moe_ffn(params, torch.ones(3, 5, 32), config=config)
+    >>> y.shape, stats.tokens_per_expert.sum()
+    (torch.Size([3, 5, 32]), tensor(30))
+    """
+    _check_moe(params, x, config, recipe)
+    routing = route(params, x, config)
+    tokens = x.reshape(-1, config.dim)
+    weights = routing.weights.reshape(-1, config.top_k)
+
+    order = sort_by_expert(routing.indices, config.num_experts)
+    rows = gather_rows(tokens, order, config.top_k)
+    if config.scores_on == "input":
+        row_weight = _take(_Take(1), weights.reshape(-1, 1), order.source, order.slot)
+        rows = (rows * row_weight).to(x.dtype)
+    rows = expert_ffn(params, rows, order.offs, recipe=recipe, implementation=implementation)
+    y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
+
+    if "shared" in params:
+        y = y + _shared_ffn(params["shared"], tokens, recipe, implementation)
+    return y.reshape(x.shape), routing_stats(routing)
