@@ -48,6 +48,15 @@ class Operands(NamedTuple):
         b = rest.pop(0)
         return cls(a, b, rest.pop(0) if static.has_bias else None, rest.pop(0) if grouped else None)
 
+    def differentiable_a(self) -> Tensor:
+        """``a`` for its own gradient, refusing a quantised one.
+
+        ``prepare`` refuses earlier, but cannot see a derivative taken outside a vmap.
+        """
+        if isinstance(self.a, MXArray):
+            raise _no_gradient("a")
+        return self.a
+
     def high_precision_a(self) -> Tensor:
         """``a`` to quantise again along another axis, for the weight gradient."""
         if isinstance(self.a, MXArray):
@@ -86,6 +95,13 @@ def prepare(
     return Static(recipe, out_dtype, chosen.name, bias is not None, a_group)
 
 
+def _no_gradient(name: str) -> TypeError:
+    return TypeError(
+        f"{name}: a quantised array has no gradient, and one is asked for. Pass {name} in high "
+        f"precision, or quantise it detached, quantize_mx({name}.detach())"
+    )
+
+
 def check_operand(x: Tensor | MXArray, name: str, recipe: Recipe) -> None:
     if isinstance(x, MXArray):
         if x.axis != -1:
@@ -94,10 +110,7 @@ def check_operand(x: Tensor | MXArray, name: str, recipe: Recipe) -> None:
             want = f"format {recipe.fwd.format!r}, dtype {recipe.fwd.dtype}"
             raise ValueError(f"{name}: is an MXArray of {x.dtype}, but recipe.fwd has {want}")
         if x.data.requires_grad:
-            raise TypeError(
-                f"{name}: a quantised array has no gradient, and one is asked for. Pass {name} in high "
-                f"precision, or quantise it detached, quantize_mx({name}.detach())"
-            )
+            raise _no_gradient(name)
         return
     check_float(x, name)
     quantising = [f for f, gemm in zip(recipe._fields, recipe, strict=True) if gemm.format != "none"]

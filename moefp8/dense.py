@@ -24,7 +24,7 @@ def _dense_bwd(static: Static, needed: tuple[bool, ...], *residuals: Tensor) -> 
     grads: list[Tensor | None] = [None] * len(flat)
     a_leaves = 1 if static.a_group is None else 2
     if needed[0]:
-        grads[0] = products.dense(g, x.b.mT, None, recipe.dgrad, x.a.dtype)
+        grads[0] = products.dense(g, x.b.mT, None, recipe.dgrad, x.differentiable_a().dtype)
     if needed[a_leaves]:
         a = x.high_precision_a()
         grads[a_leaves] = products.dense(a.mT, g, None, recipe.wgrad, x.b.dtype)

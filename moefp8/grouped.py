@@ -32,7 +32,7 @@ def _rows_bwd(static: Static, needed: tuple[bool, ...], *residuals: Tensor) -> S
     grads: list[Tensor | None] = [None] * len(flat)
     a_leaves = 1 if static.a_group is None else 2
     if needed[0]:
-        grads[0] = products.rows(g, x.b.mT, x.offs, None, recipe.dgrad, x.a.dtype)
+        grads[0] = products.rows(g, x.b.mT, x.offs, None, recipe.dgrad, x.differentiable_a().dtype)
     if needed[a_leaves]:
         a = x.high_precision_a()
         grads[a_leaves] = products.contraction(a.mT, g, x.offs, recipe.wgrad, x.b.dtype)
