@@ -36,8 +36,8 @@ def fake_quantize(x: Tensor | MXArray, axis: int, gemm: Gemm) -> Tensor:
         return dequantize(x.data, x.scale, x.axis, x.group, torch.float32)
     if gemm.format == "none":
         return x
-    if x.stride(axis) != 1 and x.mT.is_contiguous():  # follow memory: blocks lie along the fast axis
-        return fake_quantize(x.mT, -3 - axis, gemm).mT
+    if axis == -1 and x.stride(-1) != 1 and x.mT.is_contiguous():  # follow memory
+        return fake_quantize(x.mT, -2, gemm).mT
     rule, group = _rule(gemm)
     return dequantize(*quantize(x, axis, gemm.dtype, rule, group, None), axis, group, torch.float32)
 
