@@ -1,5 +1,6 @@
 """The dense product under a recipe, and its VJP."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,9 +90,13 @@ def scaled_mm(
     if bias is not None and bias.shape != b.shape[1:]:
         raise ValueError(f"bias: expected shape (N,) = ({b.shape[1]},), got {tuple(bias.shape)}")
     lead = a.shape[:-1]
+
+    def as_rows(x: Tensor) -> Tensor:
+        return x.reshape(math.prod(lead), x.shape[-1])  # not -1, which is undefined where K = 0
+
     if isinstance(a, MXArray):
-        rows: Tensor | MXArray = MXArray(a.data.flatten(0, -2), a.scale.flatten(0, -2), -1, a.group)
+        rows: Tensor | MXArray = MXArray(as_rows(a.data), as_rows(a.scale), -1, a.group)
     else:
-        rows = a.reshape(-1, a.shape[-1])
+        rows = as_rows(a)
     out = dense(static, *Operands(rows, b, bias, None).flat())
     return out.reshape(*lead, b.shape[1])
