@@ -18,7 +18,7 @@ from moefp8.formats import (
     decode_scale,
     element_format,
 )
-from moefp8.groups import checked_ends, segments
+from moefp8.groups import Segments, checked_ends, segments
 
 
 def _exponent_byte(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
@@ -157,10 +157,19 @@ def quantize_jagged(
     if group > 0:
         return *quantize(padded, -2, dtype, rule, group, None), plan.ends
 
-    amax, _ = block_amax(padded.to(torch.promote_types(x.dtype, torch.float32)), -2)
+    owner = plan.group[::BLOCK, None].expand(-1, x.shape[1])
+    amax = group_amax(padded, plan, offs.shape[0]).gather(0, owner)
+    return *quantize(padded, -2, dtype, rule, BLOCK, amax), plan.ends
+
+
+def group_amax(padded: Tensor, plan: Segments, num_groups: int) -> Tensor:
+    """Largest magnitude of each column within each group, poisoned blocks left out: ``(G + 1, K)``.
+
+    Row G, of the rows past the last segment, is zero.
+    """
+    amax, _ = block_amax(padded.to(torch.promote_types(padded.dtype, torch.float32)), -2)
     owner = plan.group[::BLOCK, None].expand(amax.shape)
-    whole = amax.new_zeros(offs.shape[0] + 1, x.shape[1]).scatter_reduce(0, owner, amax, "amax")
-    return *quantize(padded, -2, dtype, rule, BLOCK, whole.gather(0, owner)), plan.ends
+    return amax.new_zeros(num_groups + 1, padded.shape[1]).scatter_reduce(0, owner, amax, "amax")
 
 
 def stored_group(group: int) -> int:
