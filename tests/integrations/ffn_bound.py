@@ -1,0 +1,144 @@
+"""What quantisation can do to an expert FFN and its gradients at most: arithmetic on intervals.
+
+A Ball is a float64 value with the largest distance that the float32 computation under a recipe can
+have from it. Every operation of the layer, forward and backward, is written on Balls below, so the
+radius of a result is a bound that follows from the recipe alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefp8 import Gemm, Recipe
+from moefp8.formats import element_format
+
+#: Relative rounding of a float32 operation.
+U = 2.0**-24
+#: Largest slopes of silu: |silu'| <= 1.0999 near x = 2.4, |silu''| <= silu''(0) = 0.5.
+SILU_SLOPE, SILU_CURVATURE = 1.1, 0.5
+
+
+class Ball(NamedTuple):
+    mid: Tensor
+    rad: Tensor
+
+    @classmethod
+    def exact(cls, x: Tensor) -> "Ball":
+        return cls(x.detach().double(), torch.zeros_like(x, dtype=torch.float64))
+
+    @property
+    def abs_max(self) -> Tensor:
+        return self.mid.abs() + self.rad
+
+    @property
+    def mT(self) -> "Ball":  # noqa: N802  (the name tensors have)
+        return Ball(self.mid.mT, self.rad.mT)
+
+    def columns(self, index: slice) -> "Ball":
+        return Ball(self.mid[:, index], self.rad[:, index])
+
+    def rounded(self, operations: int = 1) -> "Ball":
+        return Ball(self.mid, self.rad + operations * U * self.abs_max)
+
+    def __add__(self, other: "Ball") -> "Ball":
+        return Ball(self.mid + other.mid, self.rad + other.rad).rounded()
+
+    def __mul__(self, other: "Ball") -> "Ball":
+        rad = self.mid.abs() * other.rad + self.rad * other.mid.abs() + self.rad * other.rad
+        return Ball(self.mid * other.mid, rad).rounded()
+
+    def __matmul__(self, other: "Ball") -> "Ball":
+        rad = self.mid.abs() @ other.rad + self.rad @ other.mid.abs() + self.rad @ other.rad
+        # A sum of K products, in any order, and one rounding of the result.
+        rounding = (self.mid.shape[1] + 1) * U * (self.abs_max @ other.abs_max)
+        return Ball(self.mid @ other.mid, rad + rounding)
+
+    def sum(self, dim: int) -> "Ball":
+        return Ball(self.mid.sum(dim), self.rad.sum(dim)).rounded(self.mid.shape[dim])
+
+    def quantized(self, axis: int, gemm: Gemm) -> "Ball":
+        """The bound of mx_error_bound at the worst point of the ball.
+
+        The scale is at most 2 amax / max (rule rceil rounds amax / max up to a power of two; format
+        "row" does not round), and the amax of a block at most that of the whole axis.
+        """
+        if gemm.format == "none":
+            return self
+        fmt = element_format(gemm.dtype)
+        scale = 2 * self.abs_max.amax(axis, keepdim=True) / fmt.max
+        error = torch.maximum(self.abs_max * fmt.half_ulp, scale * fmt.half_min_subnormal)
+        return Ball(self.mid, self.rad + error).rounded(4)  # format "row" divides and multiplies
+
+
+def product(a: Ball, b: Ball, gemm: Gemm) -> Ball:
+    return a.quantized(-1, gemm) @ b.quantized(-2, gemm)
+
+
+class Gate(NamedTuple):
+    """``f(gate) (up + shift)`` with f(x) = x sigmoid(alpha x): silu for alpha = 1."""
+
+    gate: slice
+    up: slice
+    alpha: float = 1.0
+    shift: float = 0.0
+
+    def f(self, x: Ball) -> Ball:
+        value = x.mid * torch.sigmoid(self.alpha * x.mid)
+        return Ball(value, SILU_SLOPE * x.rad).rounded(8)
+
+    def slope(self, x: Ball) -> Ball:
+        s = torch.sigmoid(self.alpha * x.mid)
+        value = s * (1 + self.alpha * x.mid * (1 - s))
+        return Ball(value, self.alpha * SILU_CURVATURE * x.rad).rounded(16)
+
+    def shifted(self, x: Ball) -> Ball:
+        return Ball(x.mid + self.shift, x.rad).rounded()
+
+
+class Weights(NamedTuple):
+    """One expert: up (D, 2H), down (H, D) and their biases (zeros where there are none)."""
+
+    up: Ball
+    up_bias: Ball
+    down: Ball
+    down_bias: Ball
+
+
+class FFN(NamedTuple):
+    """Results for the rows of one expert: output and gradients."""
+
+    y: Ball
+    dx: Ball
+    dscore: Ball
+    dup: Ball
+    dup_bias: Ball
+    ddown: Ball
+    ddown_bias: Ball
+    #: Largest magnitude that enters the gate, for families that clamp there.
+    preactivation: float
+
+
+def expert_ffn(x: Ball, score: Ball, w: Weights, gate: Gate, dy: Ball, recipe: Recipe) -> FFN:
+    """Output ``score * ffn(x)`` of the rows of one expert, and every gradient for the cotangent dy."""
+    u = product(x, w.up, recipe.fwd) + w.up_bias
+    g, up = u.columns(gate.gate), gate.shifted(u.columns(gate.up))
+    h = gate.f(g) * up
+    y = product(h, w.down, recipe.fwd) + w.down_bias
+
+    dh_out = score * dy
+    dh = product(dh_out, w.down.mT, recipe.dgrad)
+    dup_half, dgate_half = dh * gate.f(g), dh * up * gate.slope(g)
+    du = Ball(torch.empty_like(u.mid), torch.empty_like(u.rad))
+    for part, half in ((gate.gate, dgate_half), (gate.up, dup_half)):
+        du.mid[:, part], du.rad[:, part] = half
+    return FFN(
+        y=score * y,
+        dx=product(du, w.up.mT, recipe.dgrad),
+        dscore=(dy * y).sum(1),
+        dup=product(x.mT, du, recipe.wgrad),
+        dup_bias=du.sum(0),
+        ddown=product(h.mT, dh_out, recipe.wgrad),
+        ddown_bias=dh_out.sum(0),
+        preactivation=float(u.abs_max.max()),
+    )
