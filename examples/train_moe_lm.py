@@ -1,0 +1,456 @@
+"""Train a small Mixture-of-Experts language model with MXFP8 experts, beside the same run in bf16.
+
+    python examples/train_moe_lm.py                  # bf16, then MXFP8: under 4 minutes on 2 cores
+    python examples/train_moe_lm.py --short          # the same in miniature, seconds
+    python examples/train_moe_lm.py --recipe mxfp8,fp8_rowwise --steps 1000 --out runs/long
+
+The text is what every machine has: the source of the Python standard library, byte by byte, one file
+in 16 held out. Everything is a pure function of a plain pytree, read from top to bottom: model, loss,
+optimizer, one training step from ``torch.func.grad_and_value``, data, the loop, the command line.
+
+Precision: float32 master weights, optimizer and arithmetic everywhere but in the MoE layer, which gets
+its tokens and weights in bfloat16 and returns bfloat16. There ``bf16`` multiplies bfloat16 operands and
+``mxfp8`` quantises them, forward and backward; both add up in float32. Nothing else differs.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from moefp8 import MoEConfig, Recipe, init_moe_ffn, moe_ffn
+from moefp8.recipe import PRESETS
+
+try:
+    import lm_report
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; this example needs: pip install 'moefp8[examples]'") from error
+
+Params = dict[str, Any]
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+class ModelConfig(NamedTuple):
+    layers: int
+    heads: int
+    moe: MoEConfig
+    vocab: int = 256  # bytes
+
+
+def init_model(generator: torch.Generator, config: ModelConfig) -> Params:
+    """Embedding, blocks of attention and MoE, and a final norm; the head is the embedding again."""
+    dim = config.moe.dim
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.randn(shape, generator=generator) * std
+
+    def block() -> Params:
+        return {
+            "attention_norm": torch.ones(dim),
+            "qkv": normal(3 * dim, dim, std=dim**-0.5),
+            "out": normal(dim, dim, std=(2 * config.layers * dim) ** -0.5),
+            "moe_norm": torch.ones(dim),
+            "moe": init_moe_ffn(generator, config.moe),
+        }
+
+    return {
+        "embedding": normal(config.vocab, dim, std=dim**-0.5),
+        "blocks": [block() for _ in range(config.layers)],
+        "norm": torch.ones(dim),
+    }
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def rotary(x: Tensor) -> Tensor:
+    """Rotary position embedding of x (batch, heads, length, head_dim)."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
+
+
+def attention(block: Params, x: Tensor, heads: int) -> Tensor:
+    q, k, v = F.linear(x, block["qkv"]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+    return F.linear(y.transpose(1, 2).flatten(-2), block["out"])
+
+
+def moe(params: Params, x: Tensor, config: MoEConfig, recipe: Recipe) -> tuple[Tensor, Any]:
+    """The MoE layer on bfloat16 copies of the tokens and of the experts; the router stays float32."""
+    experts = {name: p if name == "router" else p.bfloat16() for name, p in params.items()}
+    y, stats = moe_ffn(experts, x.bfloat16(), config=config, recipe=recipe)
+    return y.float(), stats
+
+
+def model(params: Params, tokens: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, list]:
+    """Logits (batch, length, vocab) for the byte after each byte of ``tokens``, and MoEStats a layer."""
+    x = F.embedding(tokens, params["embedding"]) * config.moe.dim**0.5
+    stats = []
+    for block in params["blocks"]:
+        x = x + attention(block, rms_norm(x, block["attention_norm"]), config.heads)
+        y, layer_stats = moe(block["moe"], rms_norm(x, block["moe_norm"]), config.moe, recipe)
+        x = x + y
+        stats.append(layer_stats)
+    return F.linear(rms_norm(x, params["norm"]), params["embedding"]), stats
+
+
+def cross_entropy(params: Params, text: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, list]:
+    """Mean nats a byte of predicting ``text[:, 1:]`` from what comes before, and MoEStats a layer."""
+    logits, stats = model(params, text[:, :-1], config, recipe)
+    return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), stats
+
+
+def loss_fn(params: Params, text: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """What is minimised; the cross-entropy alone comes along as an auxiliary output."""
+    entropy, stats = cross_entropy(params, text, config, recipe)
+    auxiliary = sum(0.01 * s.load_balance_loss + 0.001 * s.z_loss for s in stats)
+    return entropy + auxiliary, entropy
+
+
+# --- training step -------------------------------------------------------------------------------
+
+
+class AdamState(NamedTuple):
+    step: Tensor
+    mean: Params
+    square: Params
+
+
+def adamw_init(params: Params) -> AdamState:
+    zeros = functools.partial(pytree.tree_map, torch.zeros_like)
+    return AdamState(torch.tensor(0), zeros(params), zeros(params))
+
+
+def adamw(
+    params: Params, grads: Params, state: AdamState, learning_rate: float
+) -> tuple[Params, AdamState]:
+    """One AdamW update: gradients clipped to norm 1, weight decay 0.1 on matrices."""
+    beta1, beta2, eps, decay = 0.9, 0.98, 1e-9, 0.1
+    norm = torch.stack([g.square().sum() for g in pytree.tree_leaves(grads)]).sum().sqrt()
+    clip = 1.0 / norm.clamp(min=1.0)
+    step = state.step + 1
+    mean = pytree.tree_map(lambda m, g: torch.lerp(m, g * clip, 1 - beta1), state.mean, grads)
+    square = pytree.tree_map(
+        lambda v, g: torch.lerp(v, (g * clip).square(), 1 - beta2), state.square, grads
+    )
+    correct1, correct2 = 1 - beta1**step, 1 - beta2**step
+
+    def update(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        kept = p * (1 - learning_rate * decay) if p.ndim > 1 else p
+        return kept - learning_rate * (m / correct1) / ((v / correct2).sqrt() + eps)
+
+    return pytree.tree_map(update, params, mean, square), AdamState(step, mean, square)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over a tenth of the run, then a cosine down to 0."""
+    warmup = max(steps // 10, 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def train_step(
+    params: Params, state: AdamState, text: Tensor, rate: float, config: ModelConfig, recipe: Recipe
+) -> tuple[Params, AdamState, Tensor]:
+    """New parameters, new optimizer state, and the cross-entropy before the update."""
+    loss = functools.partial(loss_fn, config=config, recipe=recipe)
+    grads, (_, entropy) = torch.func.grad_and_value(loss, has_aux=True)(params, text)
+    params, state = adamw(params, grads, state, rate)
+    return params, state, entropy
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load_corpus() -> tuple[Tensor, Tensor]:
+    """The standard library's source as bytes: (training, held-out), one file in 16 held out by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    leave_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "__pycache__",
+        "pydoc_data",
+        "encodings",
+    }
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not leave_out & set(name.parts):
+            held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] % 16 == 0
+            parts[held_out].append(path.read_bytes())
+    train, held_out = (torch.frombuffer(bytearray(b"".join(p)), dtype=torch.uint8) for p in parts)
+    return train, held_out
+
+
+def draw_batch(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """``batch`` random windows of ``length + 1`` bytes."""
+    start = torch.randint(len(text) - length, (batch, 1), generator=generator)
+    return text[start + torch.arange(length + 1)].long()
+
+
+def held_out_windows(text: Tensor, batch: int, length: int, batches: int) -> list[Tensor]:
+    """The same windows for every run, spread evenly over the held-out text."""
+    start = torch.linspace(0, len(text) - length - 1, batch * batches).long()[:, None]
+    return list(text[start + torch.arange(length + 1)].long().split(batch))
+
+
+def evaluate(
+    params: Params, windows: list[Tensor], config: ModelConfig, recipe: Recipe
+) -> tuple[float, Tensor]:
+    """Mean cross-entropy over ``windows``, and the tokens each expert of each layer got."""
+    losses, counts = [], []
+    with torch.no_grad():
+        for text in windows:
+            entropy, stats = cross_entropy(params, text, config, recipe)
+            losses.append(entropy.item())
+            counts.append(torch.stack([s.tokens_per_expert for s in stats]))
+    return sum(losses) / len(losses), torch.stack(counts).sum(0)
+
+
+def generate(
+    params: Params, prompt: str, count: int, length: int, config: ModelConfig, recipe: Recipe, seed: int
+) -> str:
+    """Continue ``prompt`` by ``count`` bytes, sampled at temperature 0.7."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.tensor([list(prompt.encode())])
+    with torch.no_grad():
+        for _ in range(count):
+            logits, _ = model(params, text[:, -length:], config, recipe)
+            probability = (logits[:, -1] / 0.7).softmax(-1)
+            text = torch.cat([text, torch.multinomial(probability, 1, generator=generator)], dim=1)
+    return bytes(text[0].tolist()).decode(errors="replace")
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Everything a run needs to go on: a pytree, saved whole."""
+
+    params: Params
+    optimizer: AdamState
+    random: Tensor  # state of the generator that draws batches
+    train_loss: Tensor  # (steps so far,)
+    held_out: Tensor  # (evaluations so far, 2): step, loss
+    seconds: Tensor
+
+    @property
+    def step(self) -> int:
+        return int(self.optimizer.step)
+
+
+def new_run(args: argparse.Namespace, config: ModelConfig) -> Run:
+    params = init_model(torch.Generator().manual_seed(args.seed), config)
+    batches = torch.Generator().manual_seed(args.seed + 1).get_state()
+    empty = torch.zeros(0, dtype=torch.float64)
+    return Run(params, adamw_init(params), batches, empty, empty.view(0, 2), torch.zeros(1).double())
+
+
+def save(run: Run, path: Path, settings: dict[str, Any]) -> None:
+    """Write the pytree beside ``path`` and move it there, so that no moment leaves half a file."""
+    leaves = {pytree.keystr(key): x.contiguous() for key, x in pytree.tree_leaves_with_path(run)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file(leaves, unfinished, metadata={"settings": json.dumps(settings)})
+    os.replace(unfinished, path)
+
+
+def load(path: Path, like: Run, settings: dict[str, Any]) -> Run:
+    """The run saved at ``path``; it must have been started with the same settings."""
+    with safe_open(path, framework="pt") as file:
+        saved = json.loads(file.metadata()["settings"])
+        for name, value in settings.items():
+            if saved[name] != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise SystemExit(f"{flag}: {path} was started with {saved[name]}, got {value}")
+        return pytree.tree_map_with_path(lambda key, _: file.get_tensor(pytree.keystr(key)), like)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C finish the step in progress: yields a function that says whether it came.
+
+    A second Ctrl-C stops at once; the last checkpoint is then what is left.
+    """
+    came = False
+
+    def handler(*_: Any) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(
+    run: Run,
+    args: argparse.Namespace,
+    config: ModelConfig,
+    recipe: Recipe,
+    data: tuple[Tensor, list[Tensor]],
+    checkpoint: Callable[[Run], None],
+    report: Callable[[Run], None],
+) -> Run:
+    """Train until ``args.steps`` or Ctrl-C, and leave a checkpoint."""
+    text, windows = data
+    generator = torch.Generator()
+    generator.set_state(run.random)
+    with interruptible() as interrupted:
+        while run.step < args.steps and not interrupted():
+            start = time.perf_counter()
+            batch = draw_batch(text, args.batch, args.length, generator)
+            rate = learning_rate(run.step, args.steps, args.learning_rate)
+            params, optimizer, entropy = train_step(run.params, run.optimizer, batch, rate, config, recipe)
+            held_out = run.held_out
+            if int(optimizer.step) % args.every == 0 or int(optimizer.step) == args.steps:
+                point = [float(optimizer.step), evaluate(params, windows, config, recipe)[0]]
+                held_out = torch.cat([held_out, torch.tensor([point], dtype=torch.float64)])
+            run = Run(
+                params,
+                optimizer,
+                generator.get_state(),
+                torch.cat([run.train_loss, entropy.double()[None]]),
+                held_out,
+                run.seconds + (time.perf_counter() - start),
+            )
+            report(run)
+            if run.step % args.every == 0:
+                checkpoint(run)
+        checkpoint(run)
+    return run
+
+
+# --- command line --------------------------------------------------------------------------------
+
+#: Flags that ``--short`` changes unless they are given.
+SHORT = {"steps": 30, "batch": 4, "length": 64, "dim": 64, "hidden": 64, "every": 10, "sample": 40}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    known = ", ".join(PRESETS)
+    add = parser.add_argument
+    add("--recipe", action="append", help=f"presets, comma separated or repeated: {known} (bf16,mxfp8)")
+    add("--steps", type=int, default=400, help="training steps")
+    add("--short", action="store_true", help="a miniature of the whole job, for continuous integration")
+    add("--batch", type=int, default=8, help="sequences a step")
+    add("--length", type=int, default=256, help="bytes a sequence")
+    add("--layers", type=int, default=2, help="transformer blocks")
+    add("--dim", type=int, default=128, help="width of a token")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--hidden", type=int, default=256, help="width inside an expert")
+    add("--experts", type=int, default=8, help="experts a layer")
+    add("--top-k", type=int, default=2, help="experts a token")
+    add("--learning-rate", type=float, default=4e-3, help="peak of the schedule")
+    add("--every", type=int, default=50, help="steps between held-out points, which are checkpoints too")
+    add("--sample", type=int, default=240, help="bytes of text to generate at the end")
+    add("--seed", type=int, default=0, help="of the weights and the batches")
+    add("--out", type=Path, default=Path("runs/train_moe_lm"), help="folder of checkpoints and the plot")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out, bit for bit")
+    args = parser.parse_args(argv)
+    if args.short:
+        parser.set_defaults(**SHORT)
+        args = parser.parse_args(argv)
+
+    args.recipe = [name for flag in args.recipe or ["bf16,mxfp8"] for name in flag.split(",")]
+    for name in args.recipe:
+        if name not in PRESETS:
+            parser.error(f"argument --recipe: expected some of {known}, got {name!r}")
+    for flag in (
+        "steps",
+        "batch",
+        "length",
+        "layers",
+        "dim",
+        "heads",
+        "hidden",
+        "experts",
+        "top_k",
+        "every",
+    ):
+        if getattr(args, flag) < 1:
+            parser.error(
+                f"argument --{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}"
+            )
+    if args.dim % (2 * args.heads):
+        parser.error(f"argument --dim: expected a multiple of 2 * heads = {2 * args.heads}, got {args.dim}")
+    if args.top_k > args.experts:
+        parser.error(f"argument --top-k: expected at most --experts = {args.experts}, got {args.top_k}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    config = ModelConfig(
+        args.layers, args.heads, MoEConfig(args.dim, args.hidden, args.experts, args.top_k)
+    )
+    names = ("steps", "batch", "length", "layers", "dim", "heads", "hidden", "experts", "top_k")
+    settings = {name: getattr(args, name) for name in (*names, "learning_rate", "every", "seed")}
+    text, held_out = load_corpus()
+    few = held_out_windows(held_out, args.batch, args.length, 4)
+    many = held_out_windows(held_out, args.batch, args.length, 4 if args.short else 48)
+    count = sum(p.numel() for p in pytree.tree_leaves(new_run(args, config).params))
+    lm_report.header(count, len(text), len(held_out), args)
+
+    results = []
+    for name in args.recipe:
+        path = args.out / f"{name}.safetensors"
+        run = new_run(args, config)
+        if args.resume and path.exists():
+            run = load(path, run, settings)
+        save_here = functools.partial(save, path=path, settings=settings)
+        with lm_report.progress(name, run, args) as report:
+            run = train(run, args, config, PRESETS[name], (text, few), save_here, report)
+        if run.step < args.steps:
+            flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
+            command = shlex.join(["python", sys.argv[0], *flags, "--resume"])
+            lm_report.interrupted(name, run.step, path, command)
+            return 130  # what a shell reports for a program that Ctrl-C ended
+        loss, tokens = evaluate(run.params, many, config, PRESETS[name])
+        results.append(
+            lm_report.Result(name, run.train_loss, run.held_out, loss, tokens, run.seconds.item())
+        )
+
+    lm_report.table(results)
+    lm_report.plot(results, args.out / "loss.png")
+    name = args.recipe[-1]
+    sample = generate(run.params, "def ", args.sample, args.length, config, PRESETS[name], args.seed)
+    lm_report.sample(name, sample)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
