@@ -1,5 +1,6 @@
 """Hypothesis strategies: arrays whose blocks find quantisation bugs, and group layouts."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,14 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("moefp8.testing needs hypothesis: pip install 'moefp8[testing]'") from error
 
 #: Exponents that a dtype can scale the elements below by without losing any of them.
-_EXPONENTS = {torch.float16: (-4, 5)}
+_EXPONENTS = {torch.float16: (-3, 7)}
+
+
+def _with_neighbours(x: float, eps: float) -> tuple[float, float, float]:
+    """``x`` > 0 and the numbers next to it in a type of machine epsilon ``eps``."""
+    mantissa, exponent = math.frexp(x)
+    step = math.ldexp(eps, exponent - 1)
+    return x - (step / 2 if mantissa == 0.5 else step), x, x + step
 
 
 def _edges(dtype: torch.dtype) -> Tensor:
@@ -25,7 +33,7 @@ def _edges(dtype: torch.dtype) -> Tensor:
     # element, 1.125 and 1.375 of E5M2; 2^-10 and 3 * 2^-10 of a subnormal one under a scale of 1;
     # 2^-6 is the smallest normal number.
     ties = [1.75, 448.0, 1.0625, 1.1875, 1.125, 1.375, 2.0**-10, 3 * 2.0**-10, 464.0, 2.0**-6]
-    around = [t * f for t in ties for f in (1.0, 1.0 + eps, 1.0 - eps / 2)]
+    around = [e for t in ties for e in _with_neighbours(t, eps)]
     return torch.tensor([0.0, 1.0, 1.0 + eps, 2.0 - eps, 2.0**-9, 225.0, *around], dtype=torch.float64)
 
 
@@ -60,7 +68,7 @@ def mx_arrays(
             of 32.
         dtype: float64, float32, bfloat16 or float16.
         specials: put NaN and infinities in up to three places.
-        exponents: range of k, [-100, 100] if left out ([-4, 5] for float16).
+        exponents: range of k, [-100, 100] if left out ([-3, 7] for float16).
         spread: largest d, so that aligned scales have something to align. 0 for float16.
 
     >>> from hypothesis import find, settings
