@@ -21,3 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"tests/integrations needs {' and '.join(MISSING)}: pip install -e '.[dev,{','.join(MISSING)}]'"
         )
+    # Warnings are errors here too, but for these, which the libraries themselves give:
+    for theirs in (
+        # torchtitan imports torchdata and transformers parts that script functions.
+        r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+        # TorchTitan's router asks for float32 autocast, which a CPU has not; it then runs without.
+        r"ignore:In CPU autocast, but the target dtype is not supported:UserWarning:torchtitan",
+    ):
+        config.addinivalue_line("filterwarnings", theirs)

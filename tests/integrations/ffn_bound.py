@@ -1,8 +1,8 @@
 """What quantisation can do to an expert FFN and its gradients at most: arithmetic on intervals.
 
-A Ball is a float64 value with the largest distance that the float32 computation under a recipe can
-have from it. Every operation of the layer, forward and backward, is written on Balls below, so the
-radius of a result is a bound that follows from the recipe alone.
+A Ball is a float64 value with the largest distance that the computation under a recipe, in float32 or
+bfloat16, can have from it. Every operation of the layer, forward and backward, is written on Balls
+below, so the radius of a result is a bound that follows from the recipe alone.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from torch import Tensor
 from moefp8 import Gemm, Recipe
 from moefp8.formats import element_format
 
-#: Relative rounding of a float32 operation.
-U = 2.0**-24
+#: Relative rounding of one operation, 2^-(bits of the significand).
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 #: Largest slopes of silu: |silu'| <= 1.0999 near x = 2.4, |silu''| <= silu''(0) = 0.5.
 SILU_SLOPE, SILU_CURVATURE = 1.1, 0.5
 
@@ -22,10 +22,13 @@ SILU_SLOPE, SILU_CURVATURE = 1.1, 0.5
 class Ball(NamedTuple):
     mid: Tensor
     rad: Tensor
+    #: Rounding of the results of operations on it.
+    unit: float
 
     @classmethod
-    def exact(cls, x: Tensor) -> "Ball":
-        return cls(x.detach().double(), torch.zeros_like(x, dtype=torch.float64))
+    def exact(cls, x: Tensor, dtype: torch.dtype = torch.float32) -> "Ball":
+        """A tensor that computations in ``dtype`` take as it is."""
+        return cls(x.detach().double(), torch.zeros_like(x, dtype=torch.float64), UNIT[dtype])
 
     @property
     def abs_max(self) -> Tensor:
@@ -33,29 +36,30 @@ class Ball(NamedTuple):
 
     @property
     def mT(self) -> "Ball":  # noqa: N802  (the name tensors have)
-        return Ball(self.mid.mT, self.rad.mT)
+        return Ball(self.mid.mT, self.rad.mT, self.unit)
 
     def columns(self, index: slice) -> "Ball":
-        return Ball(self.mid[:, index], self.rad[:, index])
+        return Ball(self.mid[:, index], self.rad[:, index], self.unit)
 
     def rounded(self, operations: int = 1) -> "Ball":
-        return Ball(self.mid, self.rad + operations * U * self.abs_max)
+        return Ball(self.mid, self.rad + operations * self.unit * self.abs_max, self.unit)
 
     def __add__(self, other: "Ball") -> "Ball":
-        return Ball(self.mid + other.mid, self.rad + other.rad).rounded()
+        return Ball(self.mid + other.mid, self.rad + other.rad, self.unit).rounded()
 
     def __mul__(self, other: "Ball") -> "Ball":
         rad = self.mid.abs() * other.rad + self.rad * other.mid.abs() + self.rad * other.rad
-        return Ball(self.mid * other.mid, rad).rounded()
+        return Ball(self.mid * other.mid, rad, self.unit).rounded()
 
     def __matmul__(self, other: "Ball") -> "Ball":
         rad = self.mid.abs() @ other.rad + self.rad @ other.mid.abs() + self.rad @ other.rad
-        # A sum of K products, in any order, and one rounding of the result.
-        rounding = (self.mid.shape[1] + 1) * U * (self.abs_max @ other.abs_max)
-        return Ball(self.mid @ other.mid, rad + rounding)
+        # Accumulated in float32, in any order, and rounded once.
+        accumulation = self.mid.shape[1] * UNIT[torch.float32] * (self.abs_max @ other.abs_max)
+        return Ball(self.mid @ other.mid, rad + accumulation, self.unit).rounded()
 
     def sum(self, dim: int) -> "Ball":
-        return Ball(self.mid.sum(dim), self.rad.sum(dim)).rounded(self.mid.shape[dim])
+        out = Ball(self.mid.sum(dim), self.rad.sum(dim), self.unit)
+        return out._replace(rad=out.rad + self.mid.shape[dim] * self.unit * self.abs_max.sum(dim))
 
     def quantized(self, axis: int, gemm: Gemm) -> "Ball":
         """The bound of mx_error_bound at the worst point of the ball.
@@ -68,7 +72,8 @@ class Ball(NamedTuple):
         fmt = element_format(gemm.dtype)
         scale = 2 * self.abs_max.amax(axis, keepdim=True) / fmt.max
         error = torch.maximum(self.abs_max * fmt.half_ulp, scale * fmt.half_min_subnormal)
-        return Ball(self.mid, self.rad + error).rounded(4)  # format "row" divides and multiplies
+        error = error + 4 * UNIT[torch.float32] * self.abs_max  # format "row" divides and multiplies
+        return Ball(self.mid, self.rad + error, self.unit)
 
 
 def product(a: Ball, b: Ball, gemm: Gemm) -> Ball:
@@ -85,15 +90,15 @@ class Gate(NamedTuple):
 
     def f(self, x: Ball) -> Ball:
         value = x.mid * torch.sigmoid(self.alpha * x.mid)
-        return Ball(value, SILU_SLOPE * x.rad).rounded(8)
+        return Ball(value, SILU_SLOPE * x.rad, x.unit).rounded(8)
 
     def slope(self, x: Ball) -> Ball:
         s = torch.sigmoid(self.alpha * x.mid)
         value = s * (1 + self.alpha * x.mid * (1 - s))
-        return Ball(value, self.alpha * SILU_CURVATURE * x.rad).rounded(16)
+        return Ball(value, self.alpha * SILU_CURVATURE * x.rad, x.unit).rounded(16)
 
     def shifted(self, x: Ball) -> Ball:
-        return Ball(x.mid + self.shift, x.rad).rounded()
+        return Ball(x.mid + self.shift, x.rad, x.unit).rounded()
 
 
 class Weights(NamedTuple):
@@ -129,9 +134,9 @@ def expert_ffn(x: Ball, score: Ball, w: Weights, gate: Gate, dy: Ball, recipe: R
     dh_out = score * dy
     dh = product(dh_out, w.down.mT, recipe.dgrad)
     dup_half, dgate_half = dh * gate.f(g), dh * up * gate.slope(g)
-    du = Ball(torch.empty_like(u.mid), torch.empty_like(u.rad))
+    du = Ball(torch.empty_like(u.mid), torch.empty_like(u.rad), u.unit)
     for part, half in ((gate.gate, dgate_half), (gate.up, dup_half)):
-        du.mid[:, part], du.rad[:, part] = half
+        du.mid[:, part], du.rad[:, part] = half.mid, half.rad
     return FFN(
         y=score * y,
         dx=product(du, w.up.mT, recipe.dgrad),

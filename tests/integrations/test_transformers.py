@@ -221,14 +221,14 @@ def bounds(
         ffn = expert_ffn(rows[0], rows[1], weights, gate, rows[2], recipe)
         assert ffn.preactivation < getattr(module, "limit", torch.inf)  # else the gate has a kink inside
         for name, value in (("y", ffn.y), ("x", ffn.dx)):
-            for mine, add in zip(total[name], value, strict=True):
-                mine.index_add_(0, token, add)
+            total[name].mid.index_add_(0, token, value.mid)
+            total[name].rad.index_add_(0, token, value.rad)
         orient = (lambda b: b) if module.is_transposed else (lambda b: b.mT)
         pieces = {"gate_up_proj": orient(ffn.dup), "down_proj": orient(ffn.ddown)}
         pieces |= {"gate_up_proj_bias": ffn.dup_bias, "down_proj_bias": ffn.ddown_bias}
         for name in names:
-            total[name].mid[e], total[name].rad[e] = pieces[name]
-        total["score"].mid[token, slot], total["score"].rad[token, slot] = ffn.dscore
+            total[name].mid[e], total[name].rad[e] = pieces[name].mid, pieces[name].rad
+        total["score"].mid[token, slot], total["score"].rad[token, slot] = ffn.dscore.mid, ffn.dscore.rad
     # Two results a token are added up and rounded.
     return {name: ball.rounded(2) if name in ("y", "x") else ball for name, ball in total.items()}
 
