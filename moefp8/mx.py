@@ -257,7 +257,9 @@ def mx_error_bound(x: Tensor, q: MXArray) -> Tensor:
     # Under an aligned scale a poisoned block is told by its elements alone.
     s = torch.where(dequantize_mx(q, wide).isnan(), torch.nan, s)
     a = x.detach().to(wide).abs()
-    rounding = torch.maximum(a / round(1 / fmt.half_ulp), s * fmt.half_min_subnormal)
+    # By a tensor: to divide by a number CUDA multiplies by its inverse, which is rounded twice.
+    relative = a / a.new_full((), round(1 / fmt.half_ulp))
+    rounding = torch.maximum(relative, s * fmt.half_min_subnormal)
     return torch.maximum(rounding, a - fmt.max * s)
 
 
