@@ -81,16 +81,20 @@ def test_training_steps_against_the_bf16_path(module):
 
 
 @models
-def test_func_grad_equals_backward(module):
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp8"])
+def test_func_grad_equals_backward(module, recipe):
     """torch.func.grad, with the one change that TorchTitan's combine needs for it (titan_cpu.py).
 
-    The model computes its experts in bfloat16, and gradients that meet at a tensor may be added up
-    in another order: an ulp of bfloat16 of the largest of them, 2^-7, for each of the products, four
-    at most, that an input of the experts goes into.
+    The forward has the same bits. In the backward torch takes another formula for the derivative of
+    silu when that may be differentiated again: five operations in bfloat16, each rounding by 2^-8,
+    so at most three ulps, and one more where gradients add up in another order. Where a cotangent
+    that moved by an ulp is quantised, it may fall on the other side of a tie. How often is chance;
+    what is allowed is what quantising one operand costs, 1/17 of the whole.
     """
     # eval(): in training a layer counts its tokens in place, in a buffer that torch.func may not write.
-    model = debug_model(module, flag("mxfp8"), "titan_cpu.dispatcher").eval()
-    loss_of(model).backward()
+    model = debug_model(module, flag(recipe), "titan_cpu.dispatcher").eval()
+    want_loss = loss_of(model)
+    want_loss.backward()
     want = {name: p.grad for name, p in model.named_parameters()}
     params = {name: p.detach() for name, p in model.named_parameters()}
     inputs, labels, positions = batch()
@@ -100,13 +104,15 @@ def test_func_grad_equals_backward(module):
         logits = torch.func.functional_call(model, params, (inputs,), kwargs)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    got = torch.func.grad(loss)(params)
+    got, got_loss = torch.func.grad_and_value(loss)(params)
+    assert torch.equal(got_loss, want_loss)
     assert got.keys() == want.keys()
     for name in want:
-        atol = 4 * 2.0**-7 * want[name].abs().max().item()
-        torch.testing.assert_close(
-            got[name], want[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        difference = got[name] - want[name]
+        if recipe == "bf16":
+            assert difference.abs().max() <= 4 * 2.0**-7 * want[name].abs().max(), name
+        else:
+            assert difference.norm() <= want[name].norm() / 17, name
 
 
 def test_only_the_seam_changes():
@@ -162,17 +168,28 @@ def experts(owner: type, recipe: str | None, **options: Any) -> Any:
 
 
 @recipes
-def test_experts_within_the_bound_of_the_recipe(recipe):
+@pytest.mark.parametrize("transform", ["backward", "func"])
+def test_experts_within_the_bound_of_the_recipe(recipe, transform):
     """Output and gradients against the layer in float64, within what recipe and bfloat16 can do."""
     module = experts(GroupedExperts, recipe)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(20, 40, generator=generator).bfloat16().float().requires_grad_()
+    x = torch.randn(20, 40, generator=generator).bfloat16().float()
     dy = torch.randn(20, 40, generator=generator).bfloat16().float()
     counts = torch.tensor([7, 0, 13])
-    out = module(x, counts)
     params = [module.w1_EFD, module.w3_EFD, module.w2_EDF]
-    got = dict(zip(["x", "w1", "w3", "w2"], torch.autograd.grad(out, [x, *params], dy), strict=True))
-    got["y"] = out
+    named = {name: p.detach() for name, p in module.named_parameters()}
+
+    def run(x: torch.Tensor, named: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(module, named, (x, counts))
+
+    if transform == "func":
+        y, pullback = torch.func.vjp(run, x, named)
+        dx, grads = pullback(dy)
+    else:
+        y = module(x.requires_grad_(), counts)
+        y.backward(dy)
+        dx, grads = x.grad, {name: p.grad for name, p in module.named_parameters()}
+    got = {"y": y, "x": dx, "w1": grads["w1_EFD"], "w3": grads["w3_EFD"], "w2": grads["w2_EDF"]}
 
     assert not any(got[name][1].any() for name in ("w1", "w2", "w3"))  # the expert without tokens
     for e, rows in enumerate(torch.arange(20).split(counts.tolist())):

@@ -48,9 +48,7 @@ class FunctionalDispatcher(LocalTokenDispatcher):
         return torch.zeros_like(x).index_add(0, index, weighted.to(x.dtype))
 
 
-@override(
-    target=LocalTokenDispatcher.Config, exact=True, description="Combine that torch.func sees through."
-)
+@override(target=LocalTokenDispatcher.Config, description="Combine that torch.func sees through.")
 def dispatcher(cfg: Any) -> Any:
     return derive(cfg, FunctionalDispatcher.Config)
 
