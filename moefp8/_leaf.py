@@ -59,6 +59,13 @@ def by_loop(op: Callable) -> Callable:
             )
             return op(*picked)
 
+        if info.batch_size == 0:  # one entry of zeros, whose group ends are legal, gives the shapes
+            args = tuple(
+                x.new_zeros(x.movedim(d, 0).shape[1:]).unsqueeze(d) if d is not None else x
+                for x, d in zip(args, in_dims, strict=True)
+            )
+            empty = pytree.tree_map(lambda x: x.new_empty(0, *x.shape), entry(0))
+            return empty, pytree.tree_map(lambda _: 0, empty)
         outs = [entry(i) for i in range(info.batch_size)]
         stacked = pytree.tree_map(lambda *xs: torch.stack(xs), *outs)
         return stacked, pytree.tree_map(lambda _: 0, stacked)
