@@ -1,0 +1,130 @@
+"""Command line of the benchmarks: ``python -m moefp8.bench --help``."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moefp8.bench.problem import PUBLISHED, SMALL, Problem
+from moefp8.kernels import REGISTRY
+from moefp8.recipe import PRESETS
+
+NO_GPU = """\
+No CUDA device here, and these tables are about one. The CPU reference can be measured instead, at a
+small size:
+
+    python -m moefp8.bench {command} --device cpu
+"""
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """``M,K,N`` as three positive integers."""
+    try:
+        m, k, n = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected M,K,N, got {text!r}") from None
+    if min(m, k, n) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive M,K,N, got {text!r}")
+    return m, k, n
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Everything that can be asked for."""
+    top = argparse.ArgumentParser(
+        prog="python -m moefp8.bench",
+        description="Measure grouped products, quantisers and their accuracy on this machine.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, *, times: bool) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--device", help="cuda (the default), cuda:1, ..., or cpu")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
+        sub.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+        if times:
+            sub.add_argument(
+                "--shape",
+                type=shape,
+                action="append",
+                metavar="M,K,N",
+                help="repeatable; the published ones",
+            )
+            sub.add_argument(
+                "--groups", type=positive, nargs="+", metavar="G", help="with --shape: numbers of experts"
+            )
+            sub.add_argument(
+                "--unequal", type=positive, nargs="?", const=1, metavar="MULTIPLE",
+                help="random group sizes, multiples of MULTIPLE (1); peers may need 16 or 32",
+            )  # fmt: skip
+            sub.add_argument("--repeats", type=positive, default=20, help="calls of each candidate")
+        return sub
+
+    def products(sub: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
+        sub.add_argument(
+            "--recipe", choices=list(PRESETS), action="append", help=f"repeatable; {', '.join(recipes)}"
+        )
+        sub.add_argument(
+            "--promote", type=positive, action="append", default=[], metavar="N",
+            help="repeatable: add the recipes with this promotion interval",
+        )  # fmt: skip
+        sub.add_argument(
+            "--implementation", choices=list(REGISTRY), help="instead of the first that serves"
+        )
+        sub.set_defaults(recipes=recipes)
+
+    grouped = command("grouped-mm", "The grouped product and its gradients beside bf16.", times=True)
+    products(grouped, ["mxfp8", "fp8_rowwise"])
+    grouped.add_argument("--forward", action="store_true", help="leave the backward out")
+    command("quantize", "The quantisers beside a copy.", times=True)
+    accuracy = command("accumulation", "Bias of long sums, and SQNR by distribution.", times=False)
+    products(accuracy, ["mxfp8", "fp8_rowwise", "mxfp8_exact"])
+    accuracy.add_argument(
+        "--contraction", type=positive, nargs="+", default=[16384, 131072], help="lengths of the long sums"
+    )
+    accuracy.add_argument("--size", type=positive, help="the other axes (a multiple of 32)")
+    return top
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    if args.device is None and not torch.cuda.is_available():
+        raise SystemExit(NO_GPU.format(command=args.command))
+    return torch.device(args.device or "cuda")
+
+
+def problems_of(args: argparse.Namespace, device: torch.device) -> list[Problem]:
+    """The published shapes on a GPU and a small one on a CPU, or those asked for."""
+    if args.shape is None:
+        if args.groups is not None:
+            raise SystemExit("--groups: needs a --shape to go with")
+        return PUBLISHED if device.type == "cuda" else SMALL
+    return [Problem(m, k, n, g) for m, k, n in args.shape for g in args.groups or [8]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, measure, print and write."""
+    args = parser().parse_args(argv)
+    device = device_of(args)
+    try:
+        from moefp8.bench import session
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error.name} is missing: pip install 'moefp8[bench]'") from error
+    command = shlex.join(["python", "-m", "moefp8.bench", *(sys.argv[1:] if argv is None else argv)])
+    if args.command == "accumulation":
+        session.accumulation(args, device, command)
+    else:
+        run = session.grouped_mm if args.command == "grouped-mm" else session.quantize
+        run(args, problems_of(args, device), device, command)
+
+
+if __name__ == "__main__":
+    main()
