@@ -32,7 +32,7 @@ _DOCSTRINGS = Sybil(
 _PAGES = Sybil(
     name="pages",
     parsers=[PythonCodeBlockParser(doctest_optionflags=_FLAGS), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
 )
 
 pytest_collect_file = (_DOCSTRINGS + _PAGES).pytest()
