@@ -143,7 +143,7 @@ def quantize_mx(
 ) -> MXArray:
     """Quantise ``x`` to FP8 with one power-of-two scale for every ``group`` elements of ``axis``.
 
-    For a block of 32 elements with A = max |x| and the element format's largest value ``max`` =
+    For a block of 32 elements with ``A = max |x|`` and the element format's largest value ``max`` =
     1.75 * 2^emax::
 
         E    = ceil(log2(A / max))          rule "rceil": nothing saturates
@@ -225,7 +225,7 @@ def mx_error_bound(x: Tensor, q: MXArray) -> Tensor:
 
         bound = maximum(|x| / (2^(m+1) + 1),  2^(e-m-1) s,  |x| - max s)
 
-    that is |x|/17 and 2^-10 s for E4M3, |x|/9 and 2^-17 s for E5M2. The terms are the worst
+    that is ``|x|/17`` and 2^-10 s for E4M3, ``|x|/9`` and 2^-17 s for E5M2. The terms are the worst
     rounding of a normal element, of a subnormal one, and saturation, which only rule "floor" can
     show (then it is below amax/8). Each is attained. Proof: ``docs/numerics.md``.
 
