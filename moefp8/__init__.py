@@ -2,9 +2,10 @@
 
 from moefp8._custom_vjp import remat
 from moefp8.dense import scaled_mm
+from moefp8.experts import expert_ffn
 from moefp8.grouped import scaled_grouped_mm
 from moefp8.groups import generate_jagged_offs
-from moefp8.moe import expert_ffn, init_moe_ffn, moe_ffn
+from moefp8.moe import init_moe_ffn, moe_ffn
 from moefp8.mx import MXArray, dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
 from moefp8.recipe import (
     BF16,

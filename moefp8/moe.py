@@ -15,19 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
 from moefp8._operands import check_operand
-from moefp8.dense import scaled_mm
-from moefp8.grouped import scaled_grouped_mm
+from moefp8.experts import check_ffn, expert_ffn, shared_ffn
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import (
     MoEConfig,
     MoEStats,
     check_config,
-    check_param,
     count_tokens,
     route,
     routing_stats,
@@ -177,91 +174,7 @@ def combine_rows(y: Tensor, order: RowOrder, weights: Tensor | None, top_k: int)
     return rows.sum(1).to(y.dtype)
 
 
-# --- experts -------------------------------------------------------------------------------------
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` in float32, rounded once."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
-
-
-def expert_ffn(
-    params: Mapping[str, Any],
-    x: Tensor,
-    offs: Tensor,
-    *,
-    recipe: Recipe = MXFP8,
-    implementation: str | Sequence[str] | None = None,
-) -> Tensor:
-    """The SwiGLU feed-forward of each expert on its own rows.
-
-    For the rows i of expert e::
-
-        gate   = w1[e] @ x[i] + b1[e]
-        up     = w3[e] @ x[i] + b3[e]
-        hidden = silu(gate) * up
-        out[i] = w2[e] @ hidden + b2[e]
-
-    with the three products under ``recipe``, and ``silu(gate) * up`` in float32, rounded once.
-
-    Args:
-        params: ``w1`` ``(E, H, D)``, ``w2`` ``(E, D, H)``, ``w3`` ``(E, H, D)``, and if present ``b1``
-            ``(E, H)``, ``b2`` ``(E, D)``, ``b3`` ``(E, H)``. Other keys are ignored.
-        x: ``(M, D)`` rows sorted by expert.
-        offs: ``(E,)`` int32 end row of each expert. Rows at and past ``offs[-1]`` give zero.
-        recipe, implementation: as for :func:`scaled_grouped_mm`.
-
-    Returns:
-        ``(M, D)`` of the dtype of ``x``.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: as :func:`scaled_grouped_mm`; a missing parameter.
-
-    >>> params = init_moe_ffn(torch.Generator(), MoEConfig(dim=32, hidden=64, num_experts=2, top_k=1))
-    >>> expert_ffn(params, torch.ones(5, 32), torch.tensor([2, 5], dtype=torch.int32)).shape
-    torch.Size([5, 32])
-    """
-    check_recipe(recipe)
-    check_operand(x, "x", recipe)
-    if x.ndim != 2:
-        raise ValueError(f"x: expected shape (M, D), got {tuple(x.shape)}")
-    if "w1" not in params or getattr(params["w1"], "ndim", 0) != 3:
-        raise ValueError("params['w1']: expected a tensor of shape (E, H, D)")
-    _check_ffn(params, (params["w1"].shape[0],), x.shape[1], params["w1"].shape[1], recipe, "params")
-
-    def product(x: Tensor, i: int) -> Tensor:
-        weight, bias = params[f"w{i}"], params.get(f"b{i}")
-        return scaled_grouped_mm(
-            x, weight.mT, offs, bias=bias, recipe=recipe, implementation=implementation
-        )
-
-    return product(_swiglu(product(x, 1), product(x, 3)), 2)
-
-
-def _shared_ffn(
-    params: Mapping[str, Any], x: Tensor, recipe: Recipe, implementation: str | Sequence[str] | None
-) -> Tensor:
-    """The same for the one expert that every token goes through."""
-
-    def product(x: Tensor, i: int) -> Tensor:
-        weight, bias = params[f"w{i}"], params.get(f"b{i}")
-        return scaled_mm(x, weight.mT, bias=bias, recipe=recipe, implementation=implementation)
-
-    return product(_swiglu(product(x, 1), product(x, 3)), 2)
-
-
-def _check_ffn(
-    params: Mapping[str, Any], lead: tuple[int, ...], dim: int, hidden: int, recipe: Recipe, where: str
-) -> None:
-    """Check w1, w2, w3 and those of b1, b2, b3 that are there."""
-    shapes = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
-    biases = {"b1": (hidden,), "b2": (dim,), "b3": (hidden,)}
-    for key, shape in (shapes | biases).items():
-        if key in shapes or key in params:
-            check_param(params, key, (*lead, *shape), where)
-    for key in shapes:
-        check_operand(params[key], f"{where}[{key!r}]", recipe)
+# --- the layer ---------------------------------------------------------------------------------
 
 
 def _check_moe(params: Mapping[str, Any], x: Tensor, config: MoEConfig, recipe: Recipe) -> None:
@@ -272,13 +185,13 @@ def _check_moe(params: Mapping[str, Any], x: Tensor, config: MoEConfig, recipe: 
     experts = ("w1", "w2", "w3", "b1", "b2", "b3")
     shared = ("shared",) if config.shared_hidden else ()
     _check_keys(params, ("router", "router_bias", "expert_bias", *experts, *shared), "params")
-    _check_ffn(params, (config.num_experts,), config.dim, config.hidden, recipe, "params")
+    check_ffn(params, (config.num_experts,), config.dim, config.hidden, recipe, "params")
     if shared:
         where = "params['shared']"
         if not isinstance(params.get("shared"), Mapping):
             raise ValueError(f"{where}: config.shared_hidden is {config.shared_hidden}; expected a dict")
         _check_keys(params["shared"], experts, where)
-        _check_ffn(params["shared"], (), config.dim, config.shared_hidden, recipe, where)
+        check_ffn(params["shared"], (), config.dim, config.shared_hidden, recipe, where)
 
 
 def _check_keys(params: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -344,5 +257,5 @@ def moe_ffn(
     y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
     if "shared" in params:
-        y = y + _shared_ffn(params["shared"], tokens, recipe, implementation)
+        y = y + shared_ffn(params["shared"], tokens, recipe, implementation)
     return y.reshape(x.shape), routing_stats(routing)
