@@ -47,6 +47,10 @@ def experts(cfg: Any, *, recipe: str = "mxfp8", implementation: str | None = Non
 
     Raises:
         ValueError: an unknown recipe or implementation, or experts that would not heed the recipe.
+
+    >>> cfg = experts(GroupedExperts.Config(dim=32, hidden_dim=64, num_experts=4), recipe="fp8_rowwise")
+    >>> cfg.build()
+    ScaledGroupedExperts(recipe=fp8_rowwise)
     """
     if recipe not in PRESETS:
         raise ValueError(f"recipe: expected one of {', '.join(map(repr, PRESETS))}, got {recipe!r}")
@@ -58,7 +62,7 @@ def with_recipe(cfg: Any, recipe: Recipe, *, implementation: str | None = None) 
 
     For an override of your own, when a name of a preset is not enough::
 
-        @override(target=GroupedExperts.Config, fqns=["layers.[1-9]*"])
+        @override(target=GroupedExperts.Config, fqns=["*.layers.5.*"])
         def my_experts(cfg):
             return with_recipe(cfg, MXFP8._replace(dgrad=Gemm(dtype=torch.float8_e5m2)))
 
@@ -107,6 +111,7 @@ def _scaled(parent: Any) -> Any:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.recipe = config._recipe
+            self._recipe_name = config.recipe
             self.implementation = config.implementation
 
         def _grouped_mm(self, **seam: Tensor) -> Tensor:
@@ -114,10 +119,11 @@ def _scaled(parent: Any) -> Any:
             return scaled_grouped_mm(a, b, offs, recipe=self.recipe, implementation=self.implementation)
 
         def extra_repr(self) -> str:
-            return f"recipe={self.recipe}"
+            return f"recipe={self._recipe_name}"
 
     name = f"Scaled{parent.__name__}"
     ScaledGroupedExperts.__name__ = ScaledGroupedExperts.__qualname__ = name
+    ScaledGroupedExperts.Config.__qualname__ = f"{name}.Config"  # what TorchTitan logs
     return ScaledGroupedExperts
 
 

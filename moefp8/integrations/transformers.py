@@ -132,8 +132,8 @@ def register() -> None:
     May be called again: it then restores what is missing and changes nothing else.
 
     >>> register()
-    >>> [name for name in ALL_EXPERTS_FUNCTIONS if name.startswith(PREFIX)]
-    ['moefp8_mxfp8', 'moefp8_mxfp8_wgrad_hp', 'moefp8_mxfp8_exact', 'moefp8_fp8_rowwise', 'moefp8_bf16']
+    >>> ALL_EXPERTS_FUNCTIONS["moefp8_mxfp8"].recipe == PRESETS["mxfp8"]
+    True
     """
     for name, recipe in PRESETS.items():
         register_recipe(PREFIX + name, recipe)
@@ -189,6 +189,12 @@ def use(model: Any, recipe: str | Recipe) -> Any:
 
     Raises:
         ValueError: an unknown name, or a model that does not ask the registry (see :func:`check`).
+
+    >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    >>> tiny = Qwen3MoeConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_experts=2)
+    >>> model = use(AutoModelForCausalLM.from_config(tiny), "mxfp8")
+    >>> list(check(model))
+    ['model.layers.0.mlp.experts']
     """
     if isinstance(recipe, Recipe):
         name = _name_of(recipe)

@@ -1,8 +1,10 @@
 """Tests of the integrations, run apart from the rest where the extras are installed::
 
-    pip install -e '.[dev,transformers,torchtitan]' && python -m pytest tests/integrations
+    pip install -e '.[dev,transformers,torchtitan]'
+    python -m pytest tests/integrations moefp8/integrations docs/integrations
 
-The default run does not descend into this directory (norecursedirs in pyproject.toml).
+The last two are docstrings and pages. The default run does not descend into a directory of this name
+(norecursedirs in pyproject.toml).
 """
 
 import importlib.util

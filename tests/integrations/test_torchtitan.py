@@ -291,6 +291,13 @@ def test_recipe_of_ones_own():
     assert isinstance(cfg.build().recipe, Recipe)
 
 
+def test_override_of_ones_own_for_some_layers():
+    model = build("deepseek_v3", "deepseek_v3_debugmodel", "titan_cpu.last_layer")
+    *first, last = experts_in(model)
+    assert {type(experts) for experts in first} == {GroupedExperts}
+    assert last.recipe.dgrad == Gemm(dtype=torch.float8_e5m2)
+
+
 def test_experts_that_would_not_heed_the_recipe():
     with pytest.raises(ValueError, match="ScaledGroupedExperts: already replaces _grouped_mm"):
         integration.experts(integration.experts(config()))

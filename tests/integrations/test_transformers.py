@@ -1,7 +1,9 @@
 """Model families of transformers under every recipe, against their own eager experts."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,6 +391,34 @@ def test_autocast_decides_the_dtype(dtype):
     want = rounded(x.bfloat16(), index, weights).to(dtype)
     # Scores and so the sum over experts are float32 either way; only the last rounding differs.
     torch.testing.assert_close(y, want, rtol=0 if dtype == torch.bfloat16 else 2.0**-8, atol=0)
+
+
+# --- the example -----------------------------------------------------------------------------------
+
+
+def test_example(tmp_path):
+    """End to end in miniature: two runs, a plot, two models; then on from one of them."""
+    script = Path(__file__).parents[2] / "examples" / "finetune_hf_moe.py"
+    # The runner's other processes want their core.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+    def run(*flags: str) -> str:
+        command = [sys.executable, script, "--short", *flags]
+        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+    out = run("--out", str(tmp_path / "first"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    held_out = {row[0]: float(row[2]) for row in rows if row[0]}
+    assert set(held_out) == {"eager", "mxfp8"}
+    # Bytes at random cost log 256 = 5.5 nats; knowing how often each occurs already takes off 2.
+    assert max(held_out.values()) < 3.5, held_out
+    assert (tmp_path / "first" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    model = tmp_path / "first" / "moefp8_mxfp8"
+    more = ["--load", str(model), "--steps", "2", "--learning-rate", "1e-4", "--runs", "moefp8_mxfp8"]
+    out = run(*more, "--out", str(tmp_path / "more"))
+    row = next(line.split("│") for line in out.splitlines() if line.startswith("│"))
+    assert float(row[3]) < 3.5, out  # new weights would still be at 5.5
 
 
 # --- registry and errors ---------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What TorchTitan's debug models need to run on a CPU: two overrides of its own kind.
+"""What TorchTitan's debug models need to run on a CPU: two overrides of its own kind, and one to test.
 
 ``attention`` takes scaled-dot-product attention where the models compile FlexAttention for a GPU.
 ``dispatcher`` is for torch.func alone: TorchTitan adds expert outputs up with a custom operator whose
-derivative torch.func does not see, so the same sum is written as index_add.
+derivative torch.func does not see, so the same sum is written as index_add. ``last_layer`` is an
+override as a user would write it.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torchtitan.config import ConfigManager, apply_overrides, derive, override
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from torchtitan.protocols.module import Module
+
+from moefp8 import MXFP8, Gemm
+from moefp8.integrations.torchtitan import with_recipe
 
 
 class CausalAttention(Module):
@@ -51,6 +56,11 @@ class FunctionalDispatcher(LocalTokenDispatcher):
 @override(target=LocalTokenDispatcher.Config, description="Combine that torch.func sees through.")
 def dispatcher(cfg: Any) -> Any:
     return derive(cfg, FunctionalDispatcher.Config)
+
+
+@override(target=GroupedExperts.Config, fqns=["*.layers.5.*"], description="A recipe for one layer.")
+def last_layer(cfg: Any) -> Any:
+    return with_recipe(cfg, MXFP8._replace(dgrad=Gemm(dtype=torch.float8_e5m2)))
 
 
 def build(module: str, config_name: str, *overrides: str, layers: int | None = None) -> Any:
