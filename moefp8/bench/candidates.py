@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from moefp8 import scaled_grouped_mm
+from moefp8._operands import prepare
 from moefp8.bench.problem import Operands, Problem
+from moefp8.bench.refusals import REFUSALS, explain
 from moefp8.recipe import PRESETS, Recipe
 
 #: The tensors a step returns: out, or out, da and db (in the shape of b).
@@ -84,6 +86,18 @@ def named_recipes(names: Sequence[str], promote: Sequence[int]) -> dict[str, Rec
             gemms = (gemm._replace(promote=interval) for gemm in recipe)
             chosen[f"{name}, promote={interval}"] = Recipe(*gemms)
     return chosen
+
+
+def chosen(recipes: dict[str, Recipe], wanted: str | None, device: torch.device) -> dict[str, str]:
+    """Which implementation serves each recipe on bfloat16 operands, or why none does."""
+    a = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
+    names = {}
+    for name, recipe in recipes.items():
+        try:
+            names[name] = prepare("rows", a, a[None], None, recipe, None, wanted).implementation
+        except REFUSALS as error:
+            names[name] = explain(error)
+    return names
 
 
 def ours(recipes: dict[str, Recipe], implementation: str | None) -> list[Candidate]:

@@ -97,9 +97,10 @@ def _figures(
     operations = (3 if backward else 1) * problem.operations
     figures["rate"] = operations / median
     figures["first_call_s"] = outcome.first_call or 0.0
-    moved = problem.bytes_moved(backward, outcome.candidate.fp8)
-    figures["bytes"] = float(moved)
-    figures["copy_share"] = moved / median / ceilings.copy
+    if outcome.candidate.whole:
+        moved = problem.bytes_moved(backward, outcome.candidate.fp8)
+        figures["bytes"] = float(moved)
+        figures["copy_share"] = moved / median / ceilings.copy
 
     def over(key: tuple[str, str]) -> float | None:
         if key not in times:
@@ -115,7 +116,7 @@ def _figures(
     if peak_share is not None:
         figures["peak_share"] = peak_share
         fp8_peak = operations / statistics.median(times[layout, PEAK])
-    if outcome.candidate.fp8 and not math.isnan(fp8_peak):
+    if outcome.candidate.fp8 and outcome.candidate.whole and not math.isnan(fp8_peak):
         figures["limit_share"] = problem.least_seconds(backward, fp8_peak, ceilings.copy) / median
     return figures
 

@@ -16,7 +16,7 @@ from moefp8 import quantize_mx, quantize_mx_jagged
 from moefp8.bench.ceilings import copy_step
 from moefp8.bench.peers import import_or_error, no_torchao
 from moefp8.bench.problem import Problem, equal_offs, unequal_offs
-from moefp8.bench.run import PEER_FAILURES, REFUSALS, explain
+from moefp8.bench.refusals import PEER_FAILURES, REFUSALS, explain
 from moefp8.bench.timing import Step, Timer, summary
 
 COPY = "copy"

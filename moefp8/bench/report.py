@@ -75,6 +75,10 @@ def _rate(x: float, unit: str) -> str:
     return f"{x / scale:.3g} {prefix}{unit}"
 
 
+def show_implementations(console: Console, implementations: dict[str, str]) -> None:
+    console.print(", ".join(f"{recipe}: {name}" for recipe, name in implementations.items()), markup=False)
+
+
 def show_ceilings(console: Console, ceilings: Ceilings) -> None:
     parts = [f"copy {_rate(ceilings.copy, 'B/s')}", f"bf16 {_rate(ceilings.bf16, 'FLOP/s')}"]
     if not math.isnan(ceilings.fp8):

@@ -14,7 +14,7 @@ from moefp8.bench import accumulation as acc
 from moefp8.bench import grouped_mm as gmm
 from moefp8.bench import quantize as quant
 from moefp8.bench import report
-from moefp8.bench.candidates import Candidate, named_recipes, ours
+from moefp8.bench.candidates import Candidate, chosen, named_recipes, ours
 from moefp8.bench.ceilings import Ceilings, measure_ceilings
 from moefp8.bench.peers import peers
 from moefp8.bench.problem import Problem
@@ -56,8 +56,10 @@ def _begin(device: torch.device) -> tuple[Console, Timer, dict[str, Any]]:
     return console, Timer(device), environment
 
 
-def _chosen(args: argparse.Namespace) -> list[Candidate]:
+def _ours(args: argparse.Namespace, device: torch.device, environment: dict[str, Any]) -> list[Candidate]:
+    """The recipes asked for; which implementation serves each goes with the environment."""
     recipes = named_recipes(args.recipe or args.recipes, args.promote)
+    environment["implementations"] = chosen(recipes, args.implementation, device)
     return ours(recipes, args.implementation)
 
 
@@ -87,7 +89,8 @@ def grouped_mm(
     ceilings = measure_ceilings(timer, 10)
     report.show_ceilings(console, ceilings)
     baseline, *rest = peers()
-    candidates = [baseline, *_chosen(args), *rest]
+    candidates = [baseline, *_ours(args, device, environment), *rest]
+    report.show_implementations(console, environment["implementations"])
     layouts = 1 if args.unequal is None else 2
     rows: list[gmm.Row] = []
     with _progress(console, len(problems) * layouts * len(candidates) * args.repeats) as progress:
@@ -145,10 +148,11 @@ def quantize(
 def accumulation(args: argparse.Namespace, device: torch.device, command: str) -> None:
     """Tables of bias and SQNR, their JSON, and a picture of each."""
     console, timer, environment = _begin(device)
-    chosen = _chosen(args)
-    biased = [*chosen, *peers()]
+    recipes = _ours(args, device, environment)
+    report.show_implementations(console, environment["implementations"])
+    biased = [*recipes, *peers()]
     # Products alone have no scales, and these distributions do not fit E4M3 without.
-    noisy = [acc.true_mx(), *chosen, *(peer for peer in peers() if peer.whole)]
+    noisy = [acc.true_mx(), *recipes, *(peer for peer in peers() if peer.whole)]
     size = args.size or BIAS_SIZE[device.type]
     rows: list[acc.Row] = []
     total = len(args.contraction) * len(acc.PRODUCTS) * len(biased) + len(acc.DISTRIBUTIONS) * len(noisy)
