@@ -76,3 +76,13 @@ def randomize(model: Any, seed: int = 2) -> Any:
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
     return model
+
+
+def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss_of(model, ids).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
