@@ -143,10 +143,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", default="eager,moefp8_mxfp8", help="experts implementations, comma separated")
     add("--load", type=Path, help="start from this save_pretrained folder, not from new weights")
-    add("--steps", type=int, default=300, help="training steps")
+    add("--steps", type=int, default=200, help="training steps")
     add("--short", action="store_true", help="a miniature of the whole job, for continuous integration")
     add("--batch", type=int, default=8, help="sequences a step")
-    add("--length", type=int, default=256, help="bytes a sequence")
+    add("--length", type=int, default=128, help="bytes a sequence")
     add("--layers", type=int, default=2, help="decoder layers")
     add("--dim", type=int, default=128, help="width of a token")
     add("--heads", type=int, default=4, help="attention heads")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     disable_progress_bar()  # of transformers; the example draws its own
     text, held_out = load_corpus()
-    count = 4 if args.short else 48
+    count = 4 if args.short else 24
     windows = held_out_windows(held_out, args.batch, args.length, count)
     windows = [window.to(args.device) for window in windows]
     parameters = sum(p.numel() for p in build(args.runs[0], args).parameters())

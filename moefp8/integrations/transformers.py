@@ -171,7 +171,7 @@ def register_recipe(
     present = ALL_EXPERTS_FUNCTIONS.get(name)
     if name == "eager" or present not in (None, entry):
         raise ValueError(
-            f"name: {name!r} already is an experts implementation, {present or 'the experts of the model family'}; "
+            f"name: {name!r} already is an experts implementation, {present or 'of the model families'}; "
             f"a name keeps its meaning, so take another"
         )
     ALL_EXPERTS_FUNCTIONS.register(name, entry)
