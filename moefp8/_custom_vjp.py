@@ -125,12 +125,12 @@ class _RefuseCaptured(TorchFunctionMode):
 
     def __init__(self, arguments: Sequence[Any], name: str) -> None:
         super().__init__()
-        self.arguments = {id(x) for x in arguments}
+        self.allowed = {id(x): x for x in arguments}
         self.level = _functorch.maybe_current_level() or 0
         self.name = name
 
     def captured(self, x: Any) -> bool:
-        if not isinstance(x, Tensor) or id(x) in self.arguments:
+        if not isinstance(x, Tensor) or id(x) in self.allowed:
             return False
         level = _functorch.maybe_get_level(x)
         if level > 0:  # an inner transform of the function reuses the level numbers: look outside it
@@ -145,7 +145,12 @@ class _RefuseCaptured(TorchFunctionMode):
                     f"but is not one of its arguments (shape {tuple(x.shape)}); its gradient would "
                     f"be lost. Pass it as an argument."
                 )
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            # reshape to the same shape gives an alias of an argument that still requires grad.
+            if isinstance(x, Tensor) and _functorch.maybe_get_level(x) <= 0 and x.requires_grad:
+                self.allowed[id(x)] = x
+        return out
 
 
 def remat(fn: Callable) -> Callable:
@@ -158,8 +163,9 @@ def remat(fn: Callable) -> Callable:
 
     Args:
         fn: a function of pytrees of tensors, returning a pytree of tensors. It must be pure:
-            everything it differentiates comes in as an argument, and it draws no random numbers.
-            Bind static arguments first, ``remat(partial(block, config=config))``.
+            everything it differentiates comes in as an argument (under ``torch.compile`` every
+            tensor does), and it draws no random numbers. Bind static arguments first,
+            ``remat(partial(block, config=config))``.
 
     Returns:
         The function with the same signature. Call ``remat`` outside compiled functions.
@@ -198,16 +204,20 @@ def remat(fn: Callable) -> Callable:
         leaves = [next(tensors) if is_tensor else next(static) for is_tensor in ctx.is_tensor]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
 
-        def rerun(*differentiated: Tensor) -> tuple[Tensor, ...]:
+        def rerun(*differentiated: Tensor) -> Tensor:
             merged = list(leaves)
             for i, x in zip(wanted, differentiated, strict=True):
                 merged[i] = x
             args, kwargs = pytree.tree_unflatten(merged, ctx.spec)
-            return tuple(pytree.tree_leaves(fn(*args, **kwargs)))
+            outs = pytree.tree_leaves(fn(*args, **kwargs))
+            pairs = [(y, g) for y, g in zip(outs, cotangents, strict=True) if y.is_floating_point()]
+            # Its gradient is the pullback of the cotangents. torch.func.vjp would run the backward after
+            # its transform level has ended, and a remat inside fn still needs that level.
+            return torch.stack([(y * g).sum() for y, g in pairs]).sum()
 
-        pullback = torch.func.vjp(rerun, *(leaves[i] for i in wanted))[1]
+        gradients = torch.func.grad(rerun, tuple(range(len(wanted))))(*(leaves[i] for i in wanted))
         grads: list[Any] = [None] * len(leaves)
-        for i, g in zip(wanted, pullback(tuple(cotangents)), strict=True):
+        for i, g in zip(wanted, gradients, strict=True):
             grads[i] = g
         return (None, *grads)
 
