@@ -39,6 +39,8 @@ def _edges(dtype: torch.dtype) -> Tensor:
 
 def _elements(raw: bytes, dtype: torch.dtype) -> Tensor:
     """Two bytes an element: a sign, and an edge or else a mantissa of ten bits. Zeros give +0."""
+    if not raw:  # frombuffer refuses an empty buffer
+        return torch.empty(0, dtype=torch.float64)
     bits = torch.frombuffer(bytearray(raw), dtype=torch.int16).to(torch.int32) & 0xFFFF
     sign = 1.0 - 2.0 * (bits & 1)
     edges = _edges(dtype)
