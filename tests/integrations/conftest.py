@@ -28,6 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
         # torchtitan imports torchdata and transformers parts that script functions.
         r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
         # TorchTitan's router asks for float32 autocast, which a CPU has not; it then runs without.
-        r"ignore:In CPU autocast, but the target dtype is not supported:UserWarning:torchtitan",
+        r"ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", theirs)

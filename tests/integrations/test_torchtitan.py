@@ -132,24 +132,45 @@ def test_only_the_seam_changes():
 
 
 @pytest.mark.inductor
-def test_compiled_block_is_one_graph():
+def test_compiled_experts():
     """TorchTitan compiles block by block with fullgraph=True."""
     module = experts(GroupedExperts, "mxfp8")
     x, counts = torch.randn(20, 40), torch.tensor([7, 0, 13])
     want = module(x, counts)
     got = torch.compile(module, fullgraph=True)(x, counts)
-    # The same products; silu and the multiplication behind it may be fused, without rounding between.
-    torch.testing.assert_close(got, want, rtol=0, atol=4 * 2.0**-8 * want.abs().max().item())
+    # silu and the multiplication behind it may be fused, without rounding between. What then moves by
+    # an ulp may be quantised to the other side of a tie: at most an operand quantised anew, 1/17.
+    assert (got - want).norm() <= want.norm() / 17
 
 
-def test_captured_in_one_graph():
-    module = experts(GroupedExperts, "mxfp8")
-    x, counts = torch.randn(20, 40), torch.tensor([7, 0, 13])
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    out = compiled(x, counts)
-    assert torch.equal(out, module(x, counts))
-    out.sum().backward()
-    assert module.w2_EDF.grad.any()
+# Dynamo looks at the .grad of a block's input, which comes from the block before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_block_is_captured_in_one_graph():
+    """The same through a whole block with attention, router, dispatch and combine."""
+    model = debug_model("deepseek_v3", flag("mxfp8"))
+    want = loss_of(model)
+    model.layers["1"].compile(backend="aot_eager", fullgraph=True)
+    got = loss_of(model)
+    # The compiled block may decompose silu and softmax otherwise: an ulp of its bfloat16 results.
+    torch.testing.assert_close(got, want, rtol=2.0**-8, atol=0)
+    got.backward()
+    assert model.layers["1"].moe.routed_experts.inner_experts.w2_EDF.grad.any()
+
+
+def test_activation_checkpointing():
+    """The debug configuration's own, selective: recomputing gives the same bits."""
+    plain, recomputed = (debug_model("deepseek_v3", flag("mxfp8")) for _ in range(2))
+    arguments = ["--module", "deepseek_v3", "--config", "deepseek_v3_debugmodel"]
+    checkpointing = ConfigManager().parse_args(arguments).activation_checkpoint
+    checkpointing.build(dump_folder="").apply(recomputed)
+    for model in (plain, recomputed):
+        loss_of(model).backward()
+    got = dict(recomputed.named_parameters())
+    wrapper = "_checkpoint_wrapped_module."
+    assert any(wrapper in name for name in got)
+    got = {name.replace(wrapper, ""): parameter.grad for name, parameter in got.items()}
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(got[name], parameter.grad), name
 
 
 # --- expert modules --------------------------------------------------------------------------------
