@@ -1,6 +1,6 @@
 """Train a Hugging Face MoE model with MXFP8 experts, beside the same run with its own bf16 experts.
 
-    python examples/finetune_hf_moe.py            # eager, then moefp8_mxfp8: some 4 minutes on 2 cores
+    python examples/finetune_hf_moe.py            # eager, then moefp8_mxfp8: some 5 minutes on one core
     python examples/finetune_hf_moe.py --short    # the same in miniature, seconds
     python examples/finetune_hf_moe.py --load runs/finetune_hf_moe/eager --learning-rate 5e-4
 
