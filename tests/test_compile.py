@@ -15,6 +15,9 @@ from moefp8 import (
     scaled_mm,
 )
 
+# Inductor uses a part of torch that torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
 #: Traces forward and backward as inductor does, and runs the graphs with torch's own kernels.
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
 
@@ -103,15 +106,31 @@ def test_an_array_comes_out_of_a_graph():
     assert torch.equal(compiled(dequantize_mx)(q), dequantize_mx(quantize_mx(x)))
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, offs, *operands):
+        return self.form.call(*operands, offs=offs)
+
+
+def test_export(form):
+    """A program with the leaves as operators, which runs on operands it has not seen."""
+    program = torch.export.export(Layer(form), (form.offs, *form.operands())).module()
+    other = form.operands(1)
+    form.agree(program(form.offs, *other), form.call(*other))
+
+
 # --- inductor ------------------------------------------------------------------------------------
 
 
 @pytest.mark.inductor
-def test_inductor_keeps_the_bits(case):
+def test_inductor_keeps_the_bits(form):
     """The leaves are opaque: the compiler fuses around them, not in them."""
-    leaves = [x.clone().requires_grad_() for x in case.operands()]
-    torch.compile(case.loss, fullgraph=True)(*leaves).backward()
-    case.agree([x.grad for x in leaves], case.eager(*case.operands()))
+    leaves = [x.clone().requires_grad_() for x in form.operands()]
+    torch.compile(form.loss, fullgraph=True)(*leaves).backward()
+    form.agree([x.grad for x in leaves], form.eager(*form.operands()))
 
 
 @pytest.mark.inductor

@@ -13,6 +13,12 @@ from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 
 from moefp8._custom_vjp import custom_vjp, remat
 
+# Inductor uses parts of torch that torch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning"),
+]
+
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
 
 
@@ -146,7 +152,7 @@ def test_other_group_ends_in_the_same_graph(grouped_case):
 
 
 @pytest.mark.inductor
-def test_inductor_keeps_the_gradients(case):
-    operands = case.operands()
-    got = torch.compile(grad(case.loss, case.argnums), fullgraph=True)(*operands)
-    case.agree(got, case.eager(*operands))
+def test_inductor_keeps_the_gradients(form):
+    operands = form.operands()
+    got = torch.compile(grad(form.loss, form.argnums), fullgraph=True)(*operands)
+    form.agree(got, form.eager(*operands))

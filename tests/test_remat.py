@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from moefp8 import remat
 
@@ -107,6 +109,18 @@ def test_a_layer_of_a_compiled_step(form):
         return form.call(*xs, offs=offs[0] if offs else None)
 
     form.agree(compiled(step(remat(block)))(*operands), step(block)(*operands))
+
+
+def test_make_fx(form):
+    operands, loss = form.operands(), constants_as_arguments(form)
+    graph = make_fx(grad(loss, form.argnums))(*operands)
+    form.agree(graph(*operands), form.eager(*operands))
+
+
+def test_inside_checkpoint(form):
+    leaves = [x.clone().requires_grad_() for x in form.operands()]
+    checkpoint(remat(form.loss), *leaves, use_reentrant=False).backward()
+    form.agree([x.grad for x in leaves], form.eager(*form.operands()))
 
 
 # --- what it keeps -------------------------------------------------------------------------------
