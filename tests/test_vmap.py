@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
-from moefp8 import dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
 from torch.func import vmap
+
+from moefp8 import dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
 
 BATCH = 3
 
