@@ -1,8 +1,9 @@
 """Fixtures of the transform tests: every product form, under every preset, on every backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from specs import REFERENCE, TRITON, Case, cases
 
 from moefp8 import MXFP8
@@ -33,3 +34,12 @@ def grouped_case(request: pytest.FixtureRequest) -> Case:
 def form(request: pytest.FixtureRequest) -> Case:
     """Every form, under MXFP8 only: for what does not depend on the recipe and takes long."""
     return request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No graphs of other tests, which count towards the limit of recompilations, and none left behind:
+    after an error in a compiled transform Dynamo skips the code of ``torch.func.grad`` from then on."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -137,6 +137,7 @@ def test_quantised_elements_are_not_differentiated():
         grad(lambda data: loss(MXArray(data, q.scale, -1, 32)))(q.data)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_no_gradient_through_a_quantised_operand():
     """``quantize_mx`` inside the loss would silently cut the gradient of ``a``."""
     with NO_GRADIENT:

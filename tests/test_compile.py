@@ -16,16 +16,13 @@ from moefp8 import (
 )
 
 # Inductor uses a part of torch that torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 #: Traces forward and backward as inductor does, and runs the graphs with torch's own kernels.
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests would count towards the limit of recompilations."""
-    torch._dynamo.reset()
 
 
 def test_forward_and_backward(case):

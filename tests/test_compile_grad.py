@@ -15,17 +15,12 @@ from moefp8._custom_vjp import custom_vjp, remat
 
 # Inductor uses parts of torch that torch deprecates.
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning"),
 ]
 
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests would count towards the limit of recompilations."""
-    torch._dynamo.reset()
 
 
 # --- the construct -------------------------------------------------------------------------------

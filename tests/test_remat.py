@@ -10,13 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moefp8 import remat
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests would count towards the limit of recompilations."""
-    torch._dynamo.reset()
 
 
 # --- around the products -------------------------------------------------------------------------

@@ -8,7 +8,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from moefp8 import dequantize_mx, quantize_mx, quantize_mx_jagged
 
 # torch loads its own forward-mode formulas through torch.jit.script, which it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 NAMES = r"scaled_(grouped_)?mm: "
 second_order = pytest.raises(NotImplementedError, match=NAMES + "second-order derivatives are not defined")
