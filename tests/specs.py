@@ -130,6 +130,17 @@ def grid(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = 
 _COTANGENTS = {op.name: grid(op.out_shape, torch.Generator().manual_seed(99)) for op in OPS}
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian, rows scaled by powers of two apart so that block exponents differ."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return (x * torch.exp2(torch.randint(-6, 7, (*shape[:-1], 1), generator=generator))).to(dtype)
+
+
+def grads(out: Tensor, cotangent: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, leaves, cotangent)
+
+
 class Case(NamedTuple):
     """A product under a recipe, on a backend: what every transform test is parametrised with."""
 
