@@ -8,6 +8,10 @@ import os
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument

@@ -16,13 +16,20 @@ class Request(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     recipe: Recipe
     out_dtype: torch.dtype
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    #: Span of a pre-quantised ``a``, None for one in high precision.
+    a_group: int | None
+    has_bias: bool
+    #: The caller named implementations, rather than leave the choice to the library.
+    named: bool
 
 
 class Implementation(NamedTuple):
-    """The three products, and whether a call can be served.
+    """The three products, whether a call can be served, and what a backward shares with its forward.
 
-    ``rows``, ``contraction`` and ``dense`` have the signatures of ``kernels/reference.py``, which
-    defines what they compute.
+    ``rows``, ``contraction``, ``dense`` and ``group_sum`` have the signatures of
+    ``kernels/reference.py``, which defines what they compute.
     """
 
     name: str
@@ -31,6 +38,13 @@ class Implementation(NamedTuple):
     rows: Callable
     contraction: Callable
     dense: Callable
+    #: ``group_sum(g (M, N), offs) -> (G, N)`` in at least float32: the gradient of a bias.
+    group_sum: Callable
+    #: ``rows_forward(a, b, offs, bias, recipe, out_dtype) -> (out, kept)``: ``rows``, and tensors that
+    #: its backward would have to work out again, such as weights quantised both ways.
+    rows_forward: Callable
+    #: ``rows_backward(kept, a, b, offs, g, recipe, needed, dtypes) -> (da, db)``.
+    rows_backward: Callable
 
 
 def choose(

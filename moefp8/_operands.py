@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request, choose
-from moefp8._quantize import dequantize
 from moefp8.kernels import REGISTRY
 from moefp8.mx import MXArray, check_float
 from moefp8.recipe import Recipe, check_recipe
@@ -57,12 +56,6 @@ class Operands(NamedTuple):
             raise _no_gradient("a")
         return self.a
 
-    def high_precision_a(self) -> Tensor:
-        """``a`` to quantise again along another axis, for the weight gradient."""
-        if isinstance(self.a, MXArray):
-            return dequantize(self.a.data, self.a.scale, self.a.axis, self.a.group, torch.float32)
-        return self.a
-
 
 def prepare(
     form: str,
@@ -89,9 +82,20 @@ def prepare(
         out_dtype = b.dtype if isinstance(a, MXArray) else a.dtype
     elif out_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"out_dtype: expected float64, float32, bfloat16 or float16, got {out_dtype}")
-    request = Request(form, a.device, (a.dtype, b.dtype), recipe, out_dtype)
-    chosen = choose(implementation, request, REGISTRY)
     a_group = a.group if isinstance(a, MXArray) else None
+    request = Request(
+        form,
+        a.device,
+        (a.dtype, b.dtype),
+        recipe,
+        out_dtype,
+        tuple(a.shape),
+        tuple(b.shape),
+        a_group,
+        has_bias=bias is not None,
+        named=implementation is not None,
+    )
+    chosen = choose(implementation, request, REGISTRY)
     return Static(recipe, out_dtype, chosen.name, bias is not None, a_group)
 
 

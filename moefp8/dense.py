@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
 from moefp8._operands import Operands, Static, prepare
+from moefp8.kernels.reference import high_precision
 from moefp8.mx import MXArray
 from moefp8.recipe import MXFP8, Recipe
 
@@ -27,8 +28,7 @@ def _dense_bwd(static: Static, needed: tuple[bool, ...], *residuals: Tensor) -> 
     if needed[0]:
         grads[0] = products.dense(g, x.b.mT, None, recipe.dgrad, x.differentiable_a().dtype)
     if needed[a_leaves]:
-        a = x.high_precision_a()
-        grads[a_leaves] = products.dense(a.mT, g, None, recipe.wgrad, x.b.dtype)
+        grads[a_leaves] = products.dense(high_precision(x.a).mT, g, None, recipe.wgrad, x.b.dtype)
     if x.bias is not None and needed[a_leaves + 1]:
         wide = torch.promote_types(g.dtype, torch.float32)
         grads[a_leaves + 1] = g.to(wide).sum_to_size(x.bias.shape).to(x.bias.dtype)

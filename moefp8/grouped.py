@@ -17,31 +17,29 @@ from moefp8._operands import Operands, Static, prepare
 from moefp8.dense import dense
 from moefp8.groups import check_offs
 from moefp8.mx import MXArray
-from moefp8.recipe import HIGH_PRECISION, MXFP8, Recipe
+from moefp8.recipe import MXFP8, Recipe
 
 
 def _rows_fwd(static: Static, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     x = Operands.unflatten(static, flat, grouped=True)
-    return static.products.rows(x.a, x.b, x.offs, x.bias, static.recipe.fwd, static.out_dtype), flat
+    forward = static.products.rows_forward
+    out, kept = forward(x.a, x.b, x.offs, x.bias, static.recipe, static.out_dtype)
+    return out, (*flat, *kept)
 
 
 def _rows_bwd(static: Static, needed: tuple[bool, ...], *residuals: Tensor) -> Sequence[Tensor | None]:
-    *flat, g = residuals
+    count = len(needed)
+    flat, kept, g = residuals[:count], residuals[count:-1], residuals[-1]
     x = Operands.unflatten(static, flat, grouped=True)
-    products, recipe = static.products, static.recipe
-    grads: list[Tensor | None] = [None] * len(flat)
-    a_leaves = 1 if static.a_group is None else 2
-    if needed[0]:
-        grads[0] = products.rows(g, x.b.mT, x.offs, None, recipe.dgrad, x.differentiable_a().dtype)
-    if needed[a_leaves]:
-        a = x.high_precision_a()
-        grads[a_leaves] = products.contraction(a.mT, g, x.offs, recipe.wgrad, x.b.dtype)
-    if x.bias is not None and needed[a_leaves + 1]:
-        # The sum of g over the rows of each group, as a product with a row of ones.
-        ones = g.new_ones(1, g.shape[0])
-        wide = torch.promote_types(g.dtype, torch.float32)
-        per_group = products.contraction(ones, g, x.offs, HIGH_PRECISION, wide).squeeze(1)
-        grads[a_leaves + 1] = per_group.sum_to_size(x.bias.shape).to(x.bias.dtype)
+    b_at = 1 if static.a_group is None else 2
+    grads: list[Tensor | None] = [None] * count
+    a_dtype = x.differentiable_a().dtype if needed[0] else torch.float32
+    grads[0], grads[b_at] = static.products.rows_backward(
+        kept, x.a, x.b, x.offs, g, static.recipe, (needed[0], needed[b_at]), (a_dtype, x.b.dtype)
+    )
+    if x.bias is not None and needed[b_at + 1]:
+        per_group = static.products.group_sum(g, x.offs)
+        grads[b_at + 1] = per_group.sum_to_size(x.bias.shape).to(x.bias.dtype)
     return grads
 
 

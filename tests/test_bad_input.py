@@ -166,10 +166,12 @@ def test_the_advice_of_that_error_works():
 
 
 def refusing(name, reason):
-    return Implementation(name, lambda request: reason, *(None,) * 3)
+    return Implementation(name, lambda request: reason, *(None,) * 6)
 
 
-REQUEST = Request("dense", torch.device("cpu"), (torch.float32,) * 2, MXFP8, torch.float32)
+REQUEST = Request(
+    "dense", torch.device("cpu"), (torch.float32,) * 2, MXFP8, torch.float32, (4, 32), (32, 8), None, False, False
+)
 REGISTRY = {
     x.name: x
     for x in (refusing("no", "wants a GPU"), refusing("never", "is a test"), refusing("yes", None))

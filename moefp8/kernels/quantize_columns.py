@@ -29,7 +29,7 @@ from moefp8.kernels._fp8 import (
     scale_of,
     scale_rule,
 )
-from moefp8.kernels.plan import SEGMENT
+from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
 
@@ -115,7 +115,7 @@ def _quantize_columns(
     return data, scale
 
 
-def quantize_columns(x: Tensor, segments: Tensor, rows: RowQuantized, gemm: Gemm) -> tuple[Tensor, Tensor]:
+def quantize_columns(x: Tensor, plan: Plan, rows: RowQuantized, gemm: Gemm) -> tuple[Tensor, Tensor]:
     """Quantise ``x`` (M, K) along the rows of each group; ``rows`` is :func:`quantize_rows` of it.
 
     Returns:
@@ -124,7 +124,7 @@ def quantize_columns(x: Tensor, segments: Tensor, rows: RowQuantized, gemm: Gemm
         scale: ``(G, K)`` float32; rows of empty groups are not written.
     """
     return _quantize_columns(
-        x, segments, rows.column_amax, rows.poisoned, gemm.format, gemm.dtype, gemm.rule
+        x, plan.segments, rows.column_amax, rows.poisoned, gemm.format, gemm.dtype, gemm.rule
     )
 
 

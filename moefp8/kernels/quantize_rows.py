@@ -4,10 +4,12 @@ The first quantisation of every tensor: activations along K and cotangents along
 their memory order. It also gathers what the second one (``quantize_columns.py``) needs, the largest
 magnitude of each column within each group, so that that one need not read the tensor twice.
 
-Bytes an element of a bf16 input: 2 read, 1 written. A program holds whole rows in registers, so the
-scale of a row costs no second read. Lane operations an element, about 14: widen 1, magnitude 1, row
-and column maximum 2, multiply 1, convert 0.5, addresses and masks. The roofline is the copy speed.
-Measured (``docs/benchmarks.md``): reading rows twice reaches 60 % of it, this form over 90 %.
+Bytes an element of a bf16 input: 2 read, 1 written, and 1/16 written and read again for the column
+maxima of each band of 64 rows. A program holds whole rows in registers, so the scale of a row costs no
+second read. Lane operations an element, about 9: widen, magnitude, row and column maximum, multiply,
+half a conversion, and its share of addresses. The roofline is the copy speed. What lost, with numbers,
+is in ``docs/benchmarks.md``: reading rows twice, column maxima by atomics, poisoned blocks handled in
+the same kernel.
 """
 
 from typing import NamedTuple
@@ -34,7 +36,7 @@ from moefp8.kernels._fp8 import (
     scale_of,
     scale_rule,
 )
-from moefp8.kernels.plan import SEGMENT
+from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.recipe import Gemm
 
 #: Longest row that is held in registers.
@@ -43,21 +45,26 @@ MAX_COLUMNS = 32768
 
 @triton.jit
 def _quantize_rows_kernel(
-    x, data, scale, column_amax, poisoned, segments, num_groups, columns, stride,
+    x, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
     OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: a band of rows of one group, ROWS at a time.
-    block = tl.program_id(0) // (SEGMENT // BAND)
-    group = tl.load(segments + 3 * block)
+    band = tl.program_id(0)
+    segment = band // (SEGMENT // BAND)
+    group = tl.load(segments + 3 * segment)
     if group < num_groups:
-        start = tl.load(segments + 3 * block + 1) + tl.program_id(0) % (SEGMENT // BAND) * BAND
-        end = tl.minimum(tl.load(segments + 3 * block + 2), start + BAND)
+        start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
+        end = tl.load(segments + 3 * segment + 2)
         column = tl.arange(0, COLUMNS)
         inside = column < columns
-        largest = tl.zeros((ROWS, COLUMNS), tl.int32)
+        # Codes leave in the layout that values came in, 8 to a thread. Left alone, the compiler stores
+        # 16 to a thread and shuffles every row through shared memory to do so.
+        code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
+        largest = tl.zeros((COLUMNS,), tl.int32)
+        top = tl.full((), 0, tl.int32)
         for first in range(0, BAND, ROWS):
             row = start + first + tl.arange(0, ROWS)
             here = (row < end)[:, None] & inside[None, :]
@@ -65,43 +72,88 @@ def _quantize_rows_kernel(
             v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
             bits = magnitude_bits(v)
             amax = tl.max(bits, 1)
-            finite = tl.max(amax, 0) < INF_BITS
-            hopeless = row < 0
-            if not finite:  # a poisoned block of 32 keeps out of the row's scale
-                blocks = tl.max(tl.reshape(bits, (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)), 2)
-                healthy = blocks < INF_BITS
-                amax = tl.max(tl.where(healthy, blocks, 0), 1)
-                present = tl.arange(0, COLUMNS // MX_BLOCK) < tl.cdiv(columns, MX_BLOCK)
-                hopeless = tl.max((healthy & present[None, :]).to(tl.int32), 1) == 0
+            top = tl.maximum(top, tl.max(amax, 0))
             factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
             code = encode(v * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-            if not finite:
-                blocks = tl.max(tl.reshape(bits, (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)), 2)
-                poison = tl.broadcast_to(
-                    (blocks >= INF_BITS)[:, :, None], (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)
-                )
-                code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
-                nan = tl.full((ROWS,), NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
-                factor = tl.where(hopeless, nan, factor)
-            tl.store(data + at * columns + column[None, :], code, mask=here)
+            tl.store(data + at * columns + code_column[None, :], code, mask=here)
             tl.store(scale + row, factor, mask=row < end)
             if COLUMN_AMAX:
-                largest = tl.maximum(largest, bits)
+                largest = tl.maximum(largest, tl.max(bits, 0))
+        tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
         if COLUMN_AMAX:
-            amax = tl.max(largest, 0)
-            if tl.max(amax, 0) >= INF_BITS:  # once more, by blocks of 32 rows of the group
-                tl.store(poisoned + group, 1)
-                amax = tl.zeros((COLUMNS,), tl.int32)
-                for first in tl.static_range(0, BAND, MX_BLOCK):
-                    inner = tl.zeros((COLUMNS,), tl.int32)
-                    for i in range(first, first + MX_BLOCK):
-                        at = start.to(tl.int64) + i
-                        v = tl.load(
-                            x + at * stride + column, mask=column < tl.where(at < end, columns, 0), other=0
-                        )
-                        inner = tl.maximum(inner, magnitude_bits(v.to(tl.float32)))
-                    amax = tl.maximum(amax, tl.where(inner < INF_BITS, inner, 0))
-            tl.atomic_max(column_amax + group * columns + column, amax, mask=inside, sem="relaxed")
+            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=inside)
+
+
+@triton.jit
+def _repair_poisoned_kernel(
+    x, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+    OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Bands that hold a NaN or an infinity, once more and row by row: a poisoned block of 32 stays out
+    # of the scale of its row and of the maxima of its columns. In the kernel above this would cost
+    # registers that every row pays for.
+    band = tl.program_id(0)
+    segment = band // (SEGMENT // BAND)
+    exists = tl.load(segments + 3 * segment) < num_groups
+    if exists & (tl.load(band_poisoned + band) != 0):
+        start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
+        end = tl.load(segments + 3 * segment + 2)
+        column = tl.arange(0, COLUMNS)
+        blocks: tl.constexpr = COLUMNS // MX_BLOCK
+        present = tl.arange(0, blocks) < tl.cdiv(columns, MX_BLOCK)
+        largest = tl.zeros((COLUMNS,), tl.int32)
+        for first in range(0, BAND, MX_BLOCK):
+            inner = tl.zeros((COLUMNS,), tl.int32)
+            for i in range(MX_BLOCK):
+                row = start.to(tl.int64) + first + i
+                here = column < tl.where(row < end, columns, 0)
+                v = tl.load(x + row * stride + column, mask=here, other=0).to(tl.float32)
+                bits = magnitude_bits(v)
+                inner = tl.maximum(inner, bits)
+                block = tl.max(tl.reshape(bits, (blocks, MX_BLOCK)), 1)
+                healthy = block < INF_BITS
+                factor, inverse = scale_of(
+                    tl.max(tl.where(healthy, block, 0), 0, keep_dims=True), ROWWISE, CARRY, EMAX, MAX
+                )
+                code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+                sick = tl.broadcast_to((block >= INF_BITS)[:, None], (blocks, MX_BLOCK))
+                code = tl.where(tl.reshape(sick, (COLUMNS,)), NAN, code).to(tl.uint8)
+                tl.store(data + row * columns + column, code, mask=here)
+                some = tl.max((healthy & present).to(tl.int32), 0, keep_dims=True)
+                factor = tl.where(some == 0, NAN_BITS, factor.to(tl.int32, bitcast=True))
+                at = scale + row + tl.arange(0, 1)
+                tl.store(at, factor.to(tl.float32, bitcast=True), mask=tl.arange(0, 1) < end - row)
+            largest = tl.maximum(largest, tl.where(inner < INF_BITS, inner, 0))
+        if COLUMN_AMAX:
+            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=column < columns)
+
+
+@triton.jit
+def _reduce_bands_kernel(
+    column_amax, poisoned, band_amax, band_poisoned, ends, columns,
+    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # One program: some columns of one group, over the bands of its segment.
+    group = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0))) // BAND
+    count = tl.load(ends + group) // BAND - start
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    sick = tl.zeros((BANDS,), tl.int32)
+    for i in range(tl.cdiv(count, BANDS)):
+        nth = i * BANDS + tl.arange(0, BANDS)
+        band = (start + nth).to(tl.int64)
+        here = (nth < count)[:, None] & inside[None, :]
+        part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
+        largest = tl.maximum(largest, tl.max(part, 0))
+        sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
+    tl.store(column_amax + group * columns + column, largest, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(poisoned + group, tl.max(sick, 0))
 
 
 class RowQuantized(NamedTuple):
@@ -112,7 +164,8 @@ class RowQuantized(NamedTuple):
         scale: ``(M,)`` float32: a power of two for format "mx".
         column_amax: ``(G, K)`` int32, the bits of the largest magnitude of each column in each group,
             poisoned blocks of 32 rows left out; ``(G, 0)`` if not asked for.
-        poisoned: ``(G,)`` int32, not zero where a group holds a NaN or an infinity.
+        poisoned: ``(G,)`` int32, not zero where a group holds a NaN or an infinity; ``(0,)`` without
+            ``column_amax``.
     """
 
     data: Tensor
@@ -124,7 +177,7 @@ class RowQuantized(NamedTuple):
 def _fake(
     x: Tensor,
     segments: Tensor,
-    num_groups: int,
+    ends: Tensor,
     format: str,
     dtype: torch.dtype,
     rule: str,
@@ -133,56 +186,65 @@ def _fake(
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(num_groups, x.shape[1] if column_amax else 0, dtype=torch.int32),
-        x.new_empty(num_groups, dtype=torch.int32),
+        x.new_empty(ends.shape[0], x.shape[1] if column_amax else 0, dtype=torch.int32),
+        x.new_empty(ends.shape[0] if column_amax else 0, dtype=torch.int32),
     )
 
 
 def _tiling(columns: int) -> tuple[int, int, int]:
-    """(rows at a time, rows to a program, warps) for rows of ``columns``, a power of two."""
+    """(rows at a time, rows to a band, warps) for rows of ``columns``, a power of two."""
     if columns <= 1024:
         return 4, 64, 4
     if columns <= 2048:
-        return 1, 64, 8
+        return 2, 64, 4
     if columns <= 8192:
         return 2, 64, 8
-    return 1, 64, columns // 2048
+    return 1, 64, min(columns // 2048, 16)
 
 
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
 def _quantize_rows(
     x: Tensor,
     segments: Tensor,
-    num_groups: int,
+    ends: Tensor,
     format: str,
     dtype: torch.dtype,
     rule: str,
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    data, scale, amax, poisoned = _fake(x, segments, num_groups, format, dtype, rule, column_amax)
-    amax.zero_()
-    poisoned.zero_()
+    data, scale, amax, poisoned = _fake(x, segments, ends, format, dtype, rule, column_amax)
     columns = x.shape[1]
-    padded = max(triton.next_power_of_2(columns), BLOCK)
+    if x.numel() == 0:
+        return data, scale, amax.zero_(), poisoned.zero_()
+    num_groups, padded = ends.shape[0], max(triton.next_power_of_2(columns), BLOCK)
     rows, band, warps = _tiling(padded)
-    launch = (segments.shape[0] * (SEGMENT // band),)
-    if x.numel() and launch[0]:
-        _quantize_rows_kernel[launch](
-            x, data.view(torch.uint8), scale, amax, poisoned, segments, num_groups, columns, x.stride(0),
-            OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
-            **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
-            SEGMENT=SEGMENT, BAND=band, ROWS=rows, COLUMNS=padded, num_warps=warps,
-        )  # fmt: skip
+    bands = segments.shape[0] * (SEGMENT // band)
+    band_amax = x.new_empty(bands if column_amax else 0, columns, dtype=torch.int32)
+    band_poisoned = x.new_empty(bands, dtype=torch.int32)
+    common = dict(
+        OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
+        **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
+        SEGMENT=SEGMENT, BAND=band, COLUMNS=padded, num_warps=warps,
+    )  # fmt: skip
+    arguments = (
+        x, data.view(torch.uint8), scale, band_amax, band_poisoned, segments,
+        num_groups, columns, x.stride(0),
+    )  # fmt: skip
+    _quantize_rows_kernel[(bands,)](*arguments, ROWS=rows, **common)
+    _repair_poisoned_kernel[(bands,)](*arguments, **common)
+    if column_amax:
+        grid = (num_groups, triton.cdiv(columns, 64))
+        _reduce_bands_kernel[grid](
+            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=band, BANDS=64, COLUMNS=64
+        )
     return data, scale, amax, poisoned
 
 
-def quantize_rows(
-    x: Tensor, segments: Tensor, num_groups: int, gemm: Gemm, *, column_amax: bool
-) -> RowQuantized:
-    """Quantise ``x`` (M, K), grouped by the ``segments`` of a plan, with one scale a row."""
+def quantize_rows(x: Tensor, plan: Plan, gemm: Gemm, *, column_amax: bool) -> RowQuantized:
+    """Quantise ``x`` (M, K), grouped by ``plan``, with one scale a row."""
     return RowQuantized(
-        *_quantize_rows(x, segments, num_groups, gemm.format, gemm.dtype, gemm.rule, column_amax)
+        *_quantize_rows(x, plan.segments, plan.ends, gemm.format, gemm.dtype, gemm.rule, column_amax)
     )
 
 

@@ -11,6 +11,8 @@ Cost of ``rows`` with an FP8 recipe, beside the 2 M K N operations: some ten pas
 operand, 1.5 to 2 ns an element on two cores. The grouped multiplications read ``offs`` on the host.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from moefp8._quantize import dequantize, quantize, quantize_jagged, stored_group
 from moefp8.formats import BLOCK
 from moefp8.groups import group_ids, read_ends
 from moefp8.mx import MXArray
-from moefp8.recipe import Gemm
+from moefp8.recipe import HIGH_PRECISION, Gemm, Recipe
 
 
 def _rule(gemm: Gemm) -> tuple[str, int]:
@@ -30,12 +32,17 @@ def _rule(gemm: Gemm) -> tuple[str, int]:
     return gemm.rule, BLOCK if gemm.group is None else gemm.group
 
 
-def fake_quantize(x: Tensor | MXArray, axis: int, gemm: Gemm) -> Tensor:
-    """The values a product sees of ``x``, quantised along its contraction ``axis`` (-1 or -2)."""
+def high_precision(x: Tensor | MXArray) -> Tensor:
+    """``x`` itself, or the values of an MXArray in float32: to quantise again along another axis."""
     if isinstance(x, MXArray):
         return dequantize(x.data, x.scale, x.axis, x.group, torch.float32)
-    if gemm.format == "none":
-        return x
+    return x
+
+
+def fake_quantize(x: Tensor | MXArray, axis: int, gemm: Gemm) -> Tensor:
+    """The values a product sees of ``x``, quantised along its contraction ``axis`` (-1 or -2)."""
+    if isinstance(x, MXArray) or gemm.format == "none":
+        return high_precision(x)
     if axis == -1 and x.stride(-1) != 1 and x.mT.is_contiguous():  # follow memory
         return fake_quantize(x.mT, -2, gemm).mT
     rule, group = _rule(gemm)
@@ -153,4 +160,43 @@ def dense(
     return out.to(out_dtype)
 
 
-IMPLEMENTATION = Implementation("reference", lambda request: None, rows, contraction, dense)
+def group_sum(g: Tensor, offs: Tensor) -> Tensor:
+    """``out[g] = g[rows of g].sum(0)``, (G, N) in at least float32: a product with a row of ones."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return contraction(g.new_ones(1, g.shape[0]), g, offs, HIGH_PRECISION, wide).squeeze(1)
+
+
+# --- forward and backward of the rows form -------------------------------------------------------
+
+
+def rows_forward(
+    a: Tensor | MXArray,
+    b: Tensor,
+    offs: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`rows`; nothing is kept, each product quantises afresh."""
+    return rows(a, b, offs, bias, recipe.fwd, out_dtype), ()
+
+
+def rows_backward(
+    kept: Sequence[Tensor],
+    a: Tensor | MXArray,
+    b: Tensor,
+    offs: Tensor,
+    g: Tensor,
+    recipe: Recipe,
+    needed: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None]:
+    """``da[i] = g[i] @ b[g]^T`` and ``db[g] = a[rows of g]^T @ g[rows of g]``, those ``needed``."""
+    da = rows(g, b.mT, offs, None, recipe.dgrad, dtypes[0]) if needed[0] else None
+    db = contraction(high_precision(a).mT, g, offs, recipe.wgrad, dtypes[1]) if needed[1] else None
+    return da, db
+
+
+IMPLEMENTATION = Implementation(
+    "reference", lambda request: None, rows, contraction, dense, group_sum, rows_forward, rows_backward
+)

@@ -1,0 +1,270 @@
+"""Grouped FP8 products with one scale a row and column: the operators, and the portable kernel.
+
+    rows         out[i] = sa[i] sb[g] (A[i] . B[g]) + bias[g]      rows i of group g
+    contraction  out[g] = sa[g] sb[g] (A[:, t] . B[:, t])          t in segment g
+
+Both operands are K-major, as Hopper's tensor core wants them. ``gemm_hopper.py`` does the same at
+cuBLAS speed; the kernel here is for the interpreter, and for a Triton whose Gluon has moved on.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moefp8._leaf import by_loop, leaf
+from moefp8.groups import group_ids
+from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
+
+try:
+    from moefp8.kernels import gemm_hopper
+
+    HOPPER_UNAVAILABLE: str | None = None
+except ImportError as error:
+    HOPPER_UNAVAILABLE = f"Triton {triton.__version__} has no Gluon as moefp8 knows it: {error}"
+
+_ROWS, _COLUMNS, _STEP, _BAND = 128, 128, 128, 8
+
+
+class Weights(NamedTuple):
+    """Operand B of the rows form: one matrix a group, quantised along the contraction L.
+
+    Attributes:
+        data: float8, ``(G N, L)`` with the groups stacked, or ``(N, G Lp)`` with them side by side,
+            each filled up with zeros to Lp, the next multiple of 128; what follows is not read.
+        scale: ``(G, N)`` float32.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def stacked(self) -> bool:
+        return self.data.shape[0] == self.scale.numel()
+
+
+@triton.jit
+def _portable_kernel(
+    a_desc, b_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
+    row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
+    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    shape = (row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length)
+    for t in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        group, column, a_row, b_row, a_at, b_at, steps, c_row, c_end = locate(
+            t, shape, tiles, ends, CONTRACTION, ROWS, COLUMNS, STEP, BAND
+        )
+        if c_row < c_end:
+            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+            part = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for k in range(steps):
+                a = a_desc.load([a_row, a_at + k * STEP])
+                b = b_desc.load([b_row, b_at + k * STEP])
+                part = tl.dot(a, b.T, part)
+                # One flat loop: a nested one would drain the pipeline at every promotion.
+                if (k + 1) % PROMOTE == 0:
+                    acc += part
+                    part = tl.zeros((ROWS, COLUMNS), tl.float32)
+            acc += part
+
+            row = c_row + tl.arange(0, ROWS)
+            n = column + tl.arange(0, COLUMNS)
+            # Nothing was multiplied for a tile without steps, and its scales may never have been written.
+            scaled = tl.where(steps > 0, c_end, 0)
+            sa = tl.load(a_scale + row, mask=row < scaled, other=0.0)
+            sb = tl.load(b_scale + group * columns + n, mask=n < tl.where(steps > 0, columns, 0), other=0.0)
+            acc = acc * sa[:, None] * sb[None, :]
+            if BIAS:
+                biased = tl.where(group < num_groups, columns, 0)
+                acc += tl.load(bias + group * bias_stride + n, mask=n < biased, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            at = row.to(tl.int64)[:, None] * columns + n[None, :]
+            keep = (row < c_end)[:, None] & (n < columns)[None, :]
+            tl.store(c + at, acc.to(c.dtype.element_ty), mask=keep)
+
+
+def uses_hopper(device: torch.device) -> bool:
+    """Whether products on ``device`` run on ``gemm_hopper.py`` rather than on the portable kernel."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return is_hopper and HOPPER_UNAVAILABLE is None
+
+
+def tile_rows(device: torch.device) -> int:
+    """Rows of an output tile, for the plan."""
+    return gemm_hopper.TILE_ROWS if uses_hopper(device) else _ROWS
+
+
+def _launch(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,
+    tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int,
+) -> None:  # fmt: skip
+    """Fill ``out`` with the product that ``shape`` describes, on the kernel for its device."""
+    if uses_hopper(out.device):
+        gemm_hopper.launch(a, a_scale, b, b_scale, bias, out, tiles, ends, shape, contraction, promote)
+        return
+    grid = min(shape.row_tiles * shape.column_tiles, multiprocessors(out.device))
+    _portable_kernel[(grid,)](
+        TensorDescriptor.from_tensor(a, [_ROWS, _STEP]), TensorDescriptor.from_tensor(b, [_COLUMNS, _STEP]),
+        out, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
+        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None,
+        ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, BAND=_BAND, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _fake_rows(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, tiles: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    return a.new_empty(a.shape[0], b_scale.shape[1], dtype=out_dtype)
+
+
+@leaf("gemm_rows", fake=_fake_rows, vmap=by_loop)
+def _gemm_rows(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, tiles: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    out = _fake_rows(a, a_scale, b, b_scale, tiles, bias, out_dtype, promote)
+    num_groups, columns = b_scale.shape
+    if out.numel() == 0:
+        return out
+    if a.shape[1] == 0:
+        raise ValueError("a: an empty contraction has no kernel")  # dispatch refuses it
+    stacked = Weights(b, b_scale).stacked
+    shape = Shape(
+        tiles.shape[0], triton.cdiv(columns, _COLUMNS), num_groups, a.shape[0], columns, a.shape[1],
+        columns if stacked else 0, 0 if stacked else triton.cdiv(a.shape[1], _STEP) * _STEP,
+    )  # fmt: skip
+    _launch(a, a_scale, b, b_scale, bias, out, tiles, tiles, shape, False, promote)
+    return out
+
+
+def gemm_rows(
+    a: Tensor, a_scale: Tensor, b: Weights, tiles: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    """``out[i] = a_scale[i] * b.scale[g] * (a[i] . b[g]) + bias[g]``; zero past the last group.
+
+    Args:
+        a, a_scale: ``(M, L)`` float8 and ``(M,)`` float32.
+        b: one ``(N, L)`` matrix a group.
+        tiles: of a plan for :func:`tile_rows` rows.
+        bias: ``(N,)``, ``(G, N)`` or None.
+        promote: contraction length between additions to the float32 accumulator, in steps of 128.
+
+    Returns:
+        ``(M, N)``, every element written.
+    """
+    return _gemm_rows(a, a_scale, b.data, b.scale, tiles, bias, out_dtype, promote)
+
+
+# --- contraction ---------------------------------------------------------------------------------
+
+
+def _fake_contraction(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    ends: Tensor,
+    out_dtype: torch.dtype,
+    promote: int,
+) -> Tensor:
+    return a.new_empty(ends.shape[0], a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+@leaf("gemm_contraction", fake=_fake_contraction, vmap=by_loop)
+def _gemm_contraction(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    ends: Tensor,
+    out_dtype: torch.dtype,
+    promote: int,
+) -> Tensor:
+    out = _fake_contraction(a, a_scale, b, b_scale, ends, out_dtype, promote)
+    num_groups, rows, columns = out.shape
+    if a.shape[1] == 0:
+        return out.zero_()
+    row_tiles = num_groups * triton.cdiv(rows, tile_rows(a.device))
+    shape = Shape(row_tiles, triton.cdiv(columns, _COLUMNS), num_groups, rows, columns, 0, 0, 0)
+    _launch(a, a_scale, b, b_scale, None, out, ends, ends, shape, True, promote)
+    return out
+
+
+def gemm_contraction(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor,
+    out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    """``out[g] = a_scale[g] * b_scale[g] * (a[:, t] . b[:, t])`` over segment g; zero for an empty one.
+
+    Args:
+        a, b: ``(R, P)`` and ``(C, P)`` float8, P the segments of a plan.
+        a_scale, b_scale: ``(G, R)`` and ``(G, C)`` float32.
+        ends: ``(G,)`` ends of the segments.
+
+    Returns:
+        ``(G, R, C)``, every element written.
+    """
+    return _gemm_contraction(a, a_scale, b, b_scale, ends, out_dtype, promote)
+
+
+# --- twins ---------------------------------------------------------------------------------------
+
+
+def reference_rows(
+    a: Tensor, a_scale: Tensor, b: Weights, offs: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The twin of :func:`gemm_rows` in float64, and the same sum over magnitudes, for error bounds."""
+    num_groups, columns = b.scale.shape
+    length = a.shape[1]
+    if b.stacked:
+        matrix = b.data[:, :length].to(torch.float64).view(num_groups, columns, length)
+    else:
+        padded = triton.cdiv(length, _STEP) * _STEP
+        side_by_side = b.data[:, : num_groups * padded].to(torch.float64)
+        matrix = side_by_side.unflatten(1, (num_groups, padded)).movedim(1, 0)[:, :, :length]
+    matrix = matrix * b.scale.to(torch.float64)[:, :, None]
+    owner = group_ids(offs, a.shape[0])
+    real = owner < num_groups
+    left = torch.where(real[:, None], a.to(torch.float64) * a_scale.to(torch.float64)[:, None], 0)
+    owner = owner.clamp(max=num_groups - 1)
+    out = left.new_zeros(a.shape[0], columns)
+    size = torch.zeros_like(out)
+    for g in range(num_groups):
+        mine = ((owner == g) & real)[:, None]
+        out = torch.where(mine, left @ matrix[g].mT, out)
+        size = torch.where(mine, left.abs() @ matrix[g].abs().mT, size)
+    if bias is not None:
+        added = bias.to(torch.float64).expand(num_groups, -1)[owner]
+        out, size = (
+            out + torch.where(real[:, None], added, 0),
+            size + torch.where(real[:, None], added.abs(), 0),
+        )
+    return out, size
+
+
+def reference_contraction(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The twin of :func:`gemm_contraction` in float64, and the same sum over magnitudes."""
+    position = torch.arange(a.shape[1], device=a.device)
+    starts = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
+    out, size = [], []
+    for g in range(ends.shape[0]):
+        mine = (position >= starts[g]) & (position < ends[g])
+        left = torch.where(mine, a.to(torch.float64), 0) * a_scale[g].to(torch.float64)[:, None]
+        right = torch.where(mine, b.to(torch.float64), 0) * b_scale[g].to(torch.float64)[:, None]
+        empty = starts[g] == ends[g]  # whose scales were never written
+        left, right = torch.where(empty, 0, left), torch.where(empty, 0, right)
+        out.append(left @ right.mT)
+        size.append(left.abs() @ right.abs().mT)
+    return torch.stack(out), torch.stack(size)

@@ -1,0 +1,271 @@
+"""The implementation "triton": FP8 products on Hopper, forward and backward of the grouped form.
+
+What each quantised tensor is made from, and read by::
+
+    a   quantize_rows, along K  -> fwd          its column amax -> quantize_columns, along M -> wgrad
+    b   quantize_rows and quantize_columns, both ways in the forward: along K -> fwd, along N -> dgrad
+    g   quantize_rows, along N  -> dgrad        its column amax -> quantize_columns, along M -> wgrad
+
+Scales span the whole contraction. For format "mx" they are powers of two, so what stays a normal FP8
+number under them has the value that 32-element blocks would give it (``docs/numerics.md``).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from moefp8._dispatch import Implementation, Request
+from moefp8.formats import BLOCK, decode_scale
+from moefp8.kernels.fake_quantize import fake_quantize
+from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
+from moefp8.kernels.group_sum import group_sum
+from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
+from moefp8.kernels.plan import SEGMENT, Plan, plan
+from moefp8.kernels.quantize_columns import quantize_columns
+from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
+from moefp8.kernels.reference import high_precision
+from moefp8.mx import MXArray
+from moefp8.recipe import Gemm, Recipe
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# --- what can be served --------------------------------------------------------------------------
+
+
+def _in_fp8(gemm: Gemm) -> bool:
+    """Multiplied by the FP8 tensor core; the rest goes through bfloat16."""
+    return gemm.format == "row" or (gemm.format == "mx" and gemm.group in (None, -1))
+
+
+def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) -> str | None:
+    if _in_fp8(gemm):
+        if gemm.promote % 128:
+            return f"recipe.{name}.promote: accumulators are promoted in steps of 128, got {gemm.promote}"
+        return None
+    if gemm.format == "mx" and gemm.group != BLOCK:
+        return f"recipe.{name}.group: on Hopper None, -1 or 32, got {gemm.group}"
+    if gemm.format == "none" and operand != torch.bfloat16:
+        return f"recipe.{name}: products that are not quantised take bfloat16 operands, got {operand}"
+    if out != torch.bfloat16:
+        return f"recipe.{name}: products that are exact or not quantised give bfloat16, not {out}"
+    return None
+
+
+def refuse(request: Request) -> str | None:
+    """Why this implementation cannot serve ``request``, or None."""
+    device, recipe = request.device, request.recipe
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            return f"needs a Hopper GPU (compute capability 9.0), got {major}.{minor}"
+    elif not (device.type == "cpu" and triton.knobs.runtime.interpret and request.named):
+        by_name = "called by name, TRITON_INTERPRET=1 runs its kernels on a CPU"
+        return f"needs a Hopper GPU, got {device.type} ({by_name})"
+    a_dtype, b_dtype = request.dtypes
+    operands = [b_dtype] if request.a_group is not None else [a_dtype, b_dtype]
+    if any(dtype not in _DTYPES for dtype in (*operands, request.out_dtype)):
+        return f"takes bfloat16, float16 and float32, got {operands} to {request.out_dtype}"
+    if request.a_group not in (None, -1):
+        return f"a: its scales must span K (group=-1), got group={request.a_group}"
+    if request.a_group is not None and not _in_fp8(recipe.fwd):
+        return "a: is quantised, but recipe.fwd does not multiply in FP8 with scales that span K"
+    if request.form == "contraction":
+        sizes = request.a_shape[0], request.b_shape[1]
+    else:
+        sizes = request.b_shape[-2], request.b_shape[-1]
+    if any(n == 0 or n % 16 or n > MAX_COLUMNS for n in sizes):
+        return f"needs the axes that are not grouped in multiples of 16 up to {MAX_COLUMNS}, got {sizes}"
+    if request.has_bias and not _in_fp8(recipe.fwd):
+        return "bias: is added in the epilogue of the FP8 product, and recipe.fwd has none"
+    high = a_dtype if request.a_group is None else torch.float32
+    refusals = (
+        _refuse_gemm("fwd", recipe.fwd, torch.promote_types(high, b_dtype), request.out_dtype),
+        _refuse_gemm("dgrad", recipe.dgrad, torch.promote_types(request.out_dtype, b_dtype), high),
+        _refuse_gemm("wgrad", recipe.wgrad, torch.promote_types(request.out_dtype, high), b_dtype),
+    )
+    return next((reason for reason in refusals if reason), None)
+
+
+# --- operands ------------------------------------------------------------------------------------
+
+
+def _equal_groups(num_groups: int, rows: int, device: torch.device) -> Tensor:
+    """Ends of ``num_groups`` groups of ``rows`` rows."""
+    return torch.arange(1, num_groups + 1, dtype=torch.int32, device=device) * rows
+
+
+def _quantize_weights(
+    b: Tensor, along_k: Gemm | None, along_n: Gemm | None
+) -> tuple[Weights | None, Weights | None]:
+    """``b`` (G, K, N) quantised along K, for the forward, and along N, for dgrad; either may be None.
+
+    The copy along the axis that is contiguous in memory comes from the row quantiser, the other from
+    the column quantiser.
+    """
+    if along_k is None and along_n is None:
+        return None, None
+    k_last = b.stride(-2) == 1 and b.stride(-1) != 1
+    memory = (b.mT if k_last else b).contiguous()
+    num_groups, rows, columns = memory.shape
+    last, across = (along_k, along_n) if k_last else (along_n, along_k)
+    flat = memory.view(num_groups * rows, columns)
+    layout = plan(_equal_groups(num_groups, rows, b.device), flat.shape[0], SEGMENT)
+    by_row = quantize_rows(flat, layout, last or across or Gemm(), column_amax=across is not None)
+    one = Weights(by_row.data, by_row.scale.view(num_groups, rows)) if last else None
+    other = Weights(*quantize_columns(flat, layout, by_row, across)) if across else None
+    return (one, other) if k_last else (other, one)
+
+
+def _exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
+    """``b`` (G, K, N) rounded to 32-element blocks along ``axis``, in bfloat16, its memory order kept."""
+    if gemm.format == "none":
+        return b
+    k_last = b.stride(-2) == 1 and b.stride(-1) != 1
+    memory = (b.mT if k_last else b).contiguous()
+    num_groups, rows, columns = memory.shape
+    layout = plan(_equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
+    axis = -3 - axis if k_last else axis
+    rounded = fake_quantize(memory.view(-1, columns), layout, axis, gemm).view(memory.shape)
+    return rounded.mT if k_last else rounded
+
+
+def _exact(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
+    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def rows_forward(
+    a: Tensor | MXArray,
+    b: Tensor,
+    offs: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The product, and what the backward will not have to work out again."""
+    fwd, dgrad, wgrad = recipe
+    layout = plan(offs, a.shape[0], tile_rows(a.device))
+    along_k, along_n = _quantize_weights(
+        b, fwd if _in_fp8(fwd) else None, dgrad if _in_fp8(dgrad) else None
+    )
+    none = offs.new_empty(0)
+    rows = RowQuantized(none, none, none, none)
+    if isinstance(a, MXArray):
+        rows = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
+    elif _in_fp8(fwd) or _in_fp8(wgrad):
+        rows = quantize_rows(a, layout, fwd if _in_fp8(fwd) else wgrad, column_amax=_in_fp8(wgrad))
+    if along_k is not None:
+        out = gemm_rows(rows.data, rows.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
+    else:
+        exact = _exact(high_precision(a), layout, -1, fwd)
+        out = high_precision_rows(exact, _exact_weights(b, fwd, -2), offs)
+    kept = along_n or Weights(none, none)
+    return out, (*layout, rows.column_amax, rows.poisoned, *kept)
+
+
+def rows_backward(
+    kept: Sequence[Tensor],
+    a: Tensor | MXArray,
+    b: Tensor,
+    offs: Tensor,
+    g: Tensor,
+    recipe: Recipe,
+    needed: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``a`` and ``b`` in ``dtypes``, those that are ``needed``."""
+    _, dgrad, wgrad = recipe
+    layout, amax, poisoned, along_n = Plan(*kept[:3]), kept[3], kept[4], Weights(*kept[5:])
+    da = db = None
+    by_row = None
+    if (needed[0] and _in_fp8(dgrad)) or (needed[1] and _in_fp8(wgrad)):
+        with_amax = needed[1] and _in_fp8(wgrad)
+        by_row = quantize_rows(g, layout, dgrad if _in_fp8(dgrad) else wgrad, column_amax=with_amax)
+    if needed[0]:
+        if by_row is not None and _in_fp8(dgrad):
+            da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
+        else:
+            da = high_precision_rows(_exact(g, layout, -1, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
+    if needed[1]:
+        by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
+        x = high_precision(a)
+        if isinstance(a, MXArray) and _in_fp8(wgrad):  # quantised along K only: once more, along M
+            by_row_a = quantize_rows(x, layout, wgrad, column_amax=True)
+        if by_row is not None and _in_fp8(wgrad):
+            left = quantize_columns(x, layout, by_row_a, wgrad)
+            right = quantize_columns(g, layout, by_row, wgrad)
+            db = _contract(left, right, layout.ends, dtypes[1], wgrad, b)
+        else:
+            exact = _exact(x, layout, -2, wgrad)
+            db = high_precision_contraction(exact.mT, _exact(g, layout, -2, wgrad), offs)
+    return da, db
+
+
+def _contract(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor,
+    dtype: torch.dtype, gemm: Gemm, like: Tensor,
+) -> Tensor:  # fmt: skip
+    """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
+    if like.stride(-2) == 1 and like.stride(-1) != 1:
+        return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
+    return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
+
+
+# --- the three products --------------------------------------------------------------------------
+
+
+def rows(
+    a: Tensor | MXArray, b: Tensor, offs: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
+) -> Tensor:
+    """See ``reference.rows``."""
+    only = Recipe(gemm, Gemm("none"), Gemm("none"))
+    return rows_forward(a, b, offs, bias, only, out_dtype)[0]
+
+
+def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+    """See ``reference.contraction``."""
+    left, right = a.mT, b  # (T, M) and (T, N), rows grouped
+    layout = plan(offs, b.shape[0], tile_rows(b.device))
+    if _in_fp8(gemm):
+        copies = []
+        for x in (left, right):
+            by_row = quantize_rows(x, layout, gemm, column_amax=True)
+            copies.append(quantize_columns(x, layout, by_row, gemm))
+        return gemm_contraction(*copies[0], *copies[1], layout.ends, out_dtype, gemm.promote)
+    exact = _exact(left, layout, -2, gemm), _exact(right, layout, -2, gemm)
+    return high_precision_contraction(exact[0].mT, exact[1], offs)
+
+
+def dense(
+    a: Tensor | MXArray, b: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
+) -> Tensor:
+    """See ``reference.dense``: (M, K) x (K, N), or (G, M, K) x (G, K, N), as groups of equal sizes."""
+    if b.ndim == 2:
+        a = MXArray(a.data[None], a.scale[None], a.axis, a.group) if isinstance(a, MXArray) else a[None]
+        return dense(a, b[None], bias, gemm, out_dtype)[0]
+    num_groups, m, k = a.shape
+    if not isinstance(a, MXArray) and a.stride(-2) == 1 and a.stride(-1) != 1:
+        # The contraction runs down the rows of a^T in memory: the other form reads it as it lies.
+        tall, wide = a.mT.reshape(-1, m), b.reshape(-1, b.shape[-1])
+        if bias is None:
+            return contraction(tall.mT, wide, _equal_groups(num_groups, k, b.device), gemm, out_dtype)
+    offs = _equal_groups(num_groups, m, b.device)
+    flat: Tensor | MXArray
+    if isinstance(a, MXArray):
+        flat = MXArray(a.data.reshape(-1, k), a.scale.reshape(-1, 1), -1, a.group)
+    else:
+        flat = a.reshape(-1, k)
+    if bias is not None:  # (N,) or (G, 1, N)
+        bias = bias if bias.ndim == 1 else bias.reshape(-1, b.shape[-1])
+    return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
+
+
+IMPLEMENTATION = Implementation(
+    "triton", refuse, rows, contraction, dense, group_sum, rows_forward, rows_backward
+)

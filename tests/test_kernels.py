@@ -1,0 +1,216 @@
+"""Every kernel beside its twin: on a CPU through Triton's interpreter, on a GPU with ``-m gpu``.
+
+Quantisers agree bit for bit. Products agree within the error of their accumulators (:func:`bound`).
+"""
+
+import pytest
+import torch
+from specs import LAYOUTS
+
+from moefp8.kernels import fake_quantize, gemm, group_sum, high_precision, quantize_columns, quantize_rows
+from moefp8.kernels import plan as plans
+from moefp8.recipe import Gemm
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FORMATS = {
+    "mx": Gemm(),
+    "floor": Gemm(rule="floor"),
+    "e5m2": Gemm(dtype=torch.float8_e5m2),
+    "row": Gemm(format="row"),
+}
+
+ODD_LAYOUTS = [
+    x for x in LAYOUTS if x.name in ("unaligned", "single row", "empty groups", "no rows", "tail")
+]
+
+pytestmark = [
+    pytest.mark.parametrize("device", DEVICES),
+    # The interpreter computes with NumPy, which warns of what NaN and infinities do in float32.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+]
+
+
+def draw(shape, device, *, dtype=torch.bfloat16, poison=0, seed=0):
+    """Numbers over seventeen binades, a zero row, and ``poison`` NaN and infinities."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x = x * torch.exp2(torch.randint(-12, 5, shape, generator=generator).float())
+    x[: shape[0] // 7] = 0
+    flat = x.view(-1)
+    if flat.numel():
+        for i in range(poison):
+            at = int(torch.randint(flat.numel(), (), generator=generator))
+            flat[at] = (float("nan"), float("inf"), -float("inf"))[i % 3]
+    return x.to(device, dtype)
+
+
+def same_bits(got, want):
+    """Equal as bytes, but that every NaN equals every NaN."""
+    if got.dtype.is_floating_point and got.itemsize > 1:
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    else:
+        torch.testing.assert_close(
+            got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("tile", [128, 192])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+def test_plan(layout, tile, device):
+    offs = layout.offs(device)
+    got, want = plans.plan(offs, layout.rows, tile), plans.reference(offs, layout.rows, tile)
+    for name, x, y in zip(got._fields, got, want, strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_a_plan_never_points_past_the_rows(device):
+    """Ends that lie, as those of a corrupted ``offs``, lead no kernel out of bounds."""
+    got = plans.plan(torch.tensor([500, 30, 900], dtype=torch.int32, device=device), 64, 128)
+    assert int(got.tiles[:, 1:].max()) <= 64
+    assert int(got.segments[:, 1:].max()) <= 64
+
+
+@pytest.mark.parametrize("poison", [0, 5], ids=["finite", "poisoned"])
+@pytest.mark.parametrize("gemm_format", FORMATS)
+@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
+def test_quantisers(layout, gemm_format, poison, device):
+    gemm = FORMATS[gemm_format]
+    offs, columns = layout.offs(device), 80
+    dtype = torch.float32 if gemm_format == "floor" else torch.bfloat16
+    x = draw((layout.rows, columns), device, dtype=dtype, poison=poison)
+    where = plans.plan(offs, layout.rows, 192)
+    used = int(offs[-1])
+
+    got = quantize_rows.quantize_rows(x, where, gemm, column_amax=True)
+    want = quantize_rows.reference(x, offs, gemm)
+    same_bits(got.data[:used], want.data[:used])
+    same_bits(got.scale[:used], want.scale[:used])
+    same_bits(got.column_amax, want.column_amax)
+    same_bits(got.poisoned, want.poisoned)
+
+    data, scale = quantize_columns.quantize_columns(x, where, got, gemm)
+    want_data, want_scale = quantize_columns.reference(x, offs, want, gemm)
+    end = int(where.ends[-1])
+    assert data.shape == want_data.shape
+    same_bits(data[:, :end], want_data[:, :end])
+    filled = torch.diff(offs, prepend=offs.new_zeros(1)) > 0
+    same_bits(scale[filled], want_scale[filled])
+
+
+@pytest.mark.parametrize("columns", [16, 1040, 1408, 5120, 16400])
+def test_row_lengths(columns, device):
+    """Every tiling of the row quantiser, poisoned blocks at the ends of the row included."""
+    rows = 70 if device == "cuda" else 3
+    x = draw((rows, columns), device)
+    x[0, 0], x[rows - 1, -1] = float("nan"), float("inf")
+    x[1] = float("nan")
+    offs = torch.tensor([rows], dtype=torch.int32, device=device)
+    got = quantize_rows.quantize_rows(x, plans.plan(offs, rows, 192), Gemm(), column_amax=True)
+    for name, a, b in zip(got._fields, got, quantize_rows.reference(x, offs, Gemm()), strict=True):
+        same_bits(a, b), name
+
+
+def test_strided_rows(device):
+    """A slice of a wider matrix, and a transposed one."""
+    offs = torch.tensor([40], dtype=torch.int32, device=device)
+    where = plans.plan(offs, 40, 192)
+    for x in (draw((40, 96), device)[:, 16:64], draw((48, 40), device).T):
+        got = quantize_rows.quantize_rows(x, where, Gemm(), column_amax=True)
+        same_bits(got.data, quantize_rows.reference(x, offs, Gemm()).data)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("gemm_format", ["mx", "floor", "e5m2"])
+@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
+def test_fake_quantize(layout, gemm_format, axis, device):
+    gemm, offs = FORMATS[gemm_format], layout.offs(device)
+    x = draw((layout.rows, 80), device, poison=3)
+    got = fake_quantize.fake_quantize(x, plans.plan(offs, layout.rows, 192), axis, gemm)
+    used = int(offs[-1])
+    same_bits(got[:used], fake_quantize.reference(x, offs, axis, gemm)[:used])
+
+
+def bound(exact, size, out_dtype, length):
+    """How far a product may be from ``exact``, with ``size`` the same sum over magnitudes.
+
+    An accumulator of p bits that takes 33 terms at a time truncates each at 2^-p of the largest: at
+    most 33 * 2^-p * size for each instruction. Hopper's has p = 13 and 4 instructions of 32 between
+    promotions; the float32 sums around it add ``length`` roundings of 2^-24; the result is rounded.
+    """
+    rounding = torch.finfo(out_dtype).eps / 2
+    return size * (33 * 4 * 2.0**-13 + length * 2.0**-24) + exact.abs() * rounding + 1e-30
+
+
+def check(got, twin, length):
+    exact, size = twin
+    error = (got.double() - exact).abs()
+    assert (error <= bound(exact, size, got.dtype, length)).all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gemm_format", ["mx", "e5m2", "row"])
+@pytest.mark.parametrize(
+    "layout", [x for x in LAYOUTS if x.name in ("unaligned", "tail", "only tail")], ids=lambda x: x.name
+)
+def test_products(layout, gemm_format, out_dtype, device):
+    """Forward with a bias, dgrad and wgrad on the kernels' own operands; K and N no multiples of a tile."""
+    how, offs, (n, k) = FORMATS[gemm_format], layout.offs(device), (208, 144)
+    groups, rows = len(layout.sizes), layout.rows
+    a, g = (torch.randn(rows, x, device=device, dtype=torch.bfloat16) for x in (k, n))
+    w = torch.randn(groups, n, k, device=device, dtype=torch.bfloat16)
+    where = plans.plan(offs, rows, gemm.tile_rows(offs.device))
+    # What lies past the last group is never read: poison it.
+    a[int(offs[-1]) :], g[int(offs[-1]) :] = float("nan"), float("nan")
+
+    flat = w.view(groups * n, k)
+    ends = torch.arange(1, groups + 1, dtype=torch.int32, device=device) * n
+    w_plan = plans.plan(ends, groups * n, 128)
+    w_rows = quantize_rows.quantize_rows(flat, w_plan, how, column_amax=True)
+    along_k = gemm.Weights(w_rows.data, w_rows.scale.view(groups, n))
+    along_n = gemm.Weights(*quantize_columns.quantize_columns(flat, w_plan, w_rows, how))
+    a_rows, g_rows = (quantize_rows.quantize_rows(x, where, how, column_amax=True) for x in (a, g))
+    a_cols = quantize_columns.quantize_columns(a, where, a_rows, how)
+    g_cols = quantize_columns.quantize_columns(g, where, g_rows, how)
+
+    bias = torch.randn(groups, n, device=device)
+    out = gemm.gemm_rows(a_rows.data, a_rows.scale, along_k, where.tiles, bias, out_dtype, 128)
+    check(out, gemm.reference_rows(a_rows.data, a_rows.scale, along_k, offs, bias), k)
+    assert (out[int(offs[-1]) :] == 0).all()
+    da = gemm.gemm_rows(g_rows.data, g_rows.scale, along_n, where.tiles, None, out_dtype, 128)
+    check(da, gemm.reference_rows(g_rows.data, g_rows.scale, along_n, offs, None), n)
+    dw = gemm.gemm_contraction(*g_cols, *a_cols, where.ends, out_dtype, 128)
+    check(dw, gemm.reference_contraction(*g_cols, *a_cols, where.ends), max(rows, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+def test_group_sum(layout, device):
+    """The sum of at most n terms in float32 is within n roundings of the sum of magnitudes."""
+    offs, x = layout.offs(device), torch.randn(layout.rows, 48, device=device, dtype=torch.bfloat16)
+    got, start = group_sum.group_sum(x, offs), 0
+    for g, end in enumerate(offs.tolist()):
+        mine = x[start:end].double()
+        limit = (end - start + 1) * 2.0**-24 * mine.abs().sum(0)
+        assert ((got[g].double() - mine.sum(0)).abs() <= limit).all()
+        start = end
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+def test_high_precision_products(layout, device):
+    """torch._grouped_mm, but that rows past the last group and empty groups are zero."""
+    offs, groups = layout.offs(device), len(layout.sizes)
+    a = torch.randn(layout.rows, 32, device=device, dtype=torch.bfloat16)
+    b = torch.randn(groups, 32, 48, device=device, dtype=torch.bfloat16)
+    a[int(offs[-1]) :] = float("nan")
+    out = high_precision.high_precision_rows(a, b, offs)
+    assert (out[int(offs[-1]) :] == 0).all()
+    both = high_precision.high_precision_contraction(a.nan_to_num().mT, out, offs)
+    start = 0
+    for g, end in enumerate(offs.tolist()):
+        want = a[start:end].double() @ b[g].double()
+        size = a[start:end].double().abs() @ b[g].double().abs()
+        assert ((out[start:end].double() - want).abs() <= size * 2.0**-8).all()
+        want = a[start:end].double().mT @ out[start:end].double()
+        size = a[start:end].double().abs().mT @ out[start:end].double().abs()
+        assert ((both[g].double() - want).abs() <= size * 2.0**-8).all()
+        start = end
