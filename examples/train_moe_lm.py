@@ -10,8 +10,10 @@ optimizer, one training step from ``torch.func.grad_and_value``, the loop, the c
 checkpoints and what is shown on the screen have files of their own beside this one.
 
 Precision: float32 master weights, optimizer and arithmetic everywhere but in the MoE layer, which gets
-its tokens and weights in bfloat16 and returns bfloat16. There ``bf16`` multiplies bfloat16 operands and
-``mxfp8`` quantises them, forward and backward; both add up in float32. Nothing else differs.
+its tokens and weights in bfloat16 and returns bfloat16. There ``bf16`` multiplies the bfloat16 values and
+``mxfp8`` quantises them, forward and backward; both add up in float32. Nothing else differs. A CPU
+multiplies in float32 under either recipe, which holds these products exactly: on most that is faster than
+bfloat16, and MXFP8 is only emulated. Compare the losses here, and speed on a GPU.
 """
 
 import argparse
@@ -90,7 +92,7 @@ def rotary(x: Tensor) -> Tensor:
 
 
 def attention(block: Params, x: Tensor, heads: int) -> Tensor:
-    """Causal attention over bytes each mixed with the byte before it, which is half of what bytes need."""
+    """Causal attention. Each byte first takes in the one before it: alone, a byte says too little."""
     before = F.pad(x, (0, 0, 1, -1))
     x = x + block["shift"] * (before - x)
     q, k, v = F.linear(x, block["qkv"]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -304,7 +306,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sample", type=int, default=240, help="bytes of text to generate at the end")
     add("--seed", type=int, default=0, help="of the weights and the batches")
     add("--out", type=Path, default=Path("runs/train_moe_lm"), help="folder of checkpoints and the plot")
-    add("--resume", action="store_true", help="go on from the checkpoints in --out, bit for bit")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoints in --out: the same bits, on as many threads",
+    )
     args = parser.parse_args(argv)
     if args.short:
         parser.set_defaults(**SHORT)
@@ -317,10 +323,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sizes = ("steps", "batch", "length", "layers", "dim", "heads", "hidden", "experts", "top_k", "every")
     for flag in (*sizes, "sample", "learning_rate", "seed"):
         least, value = int(flag in sizes), getattr(args, flag)
-        if value < least:
+        if not value >= least:  # NaN is not
             parser.error(f"argument --{flag.replace('_', '-')}: expected at least {least}, got {value}")
     if args.dim % (2 * args.heads):
         parser.error(f"argument --dim: expected a multiple of 2 * heads = {2 * args.heads}, got {args.dim}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"argument --out: expected a folder, got the file {args.out}")
     if args.top_k > args.experts:
         parser.error(f"argument --top-k: expected at most --experts = {args.experts}, got {args.top_k}")
     return args
@@ -374,4 +382,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # outside of a training step: there is nothing to save
+        sys.exit(130)
