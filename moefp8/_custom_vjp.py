@@ -14,6 +14,7 @@ What follows from it, for whoever adds an operation:
 * static arguments travel in one hashable NamedTuple, tensors as flat operands without None.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,7 +23,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function,
+)
 
 _functorch = torch._C._functorch
 
@@ -96,8 +102,12 @@ def custom_vjp(
     function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
 
     def op(static: Any, *operands: Tensor) -> Tensor:
+        # To a function mode the operation is one call: the arithmetic inside is not the caller's.
+        if has_torch_function(operands):
+            return handle_torch_function(op, operands, static, *operands)
         return function.apply(static, *operands)[0]
 
+    op.__name__ = name
     return torch.compiler.allow_in_graph(op)
 
 
@@ -113,6 +123,38 @@ def non_differentiable(name: str, fn: Callable, instead: str) -> Callable:
 
 
 # --- remat ---------------------------------------------------------------------------------------
+
+
+class ReplayedMode(TorchFunctionMode):
+    """A function mode that a rematerialised function has to run under the second time as well."""
+
+    def replay(self, leaves: Sequence[Any]) -> Callable[[Sequence[Any]], TorchFunctionMode]:
+        """Given the arguments of the first run, a mode for the arguments of a later run."""
+        raise NotImplementedError
+
+
+class _Call:
+    """A call of a rematerialised function without its tensors."""
+
+    def __init__(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        self.spec = spec
+        self.modes = [m for m in _get_current_function_mode_stack() if isinstance(m, ReplayedMode)]
+        self.replays = [mode.replay(leaves) for mode in self.modes]
+
+    def first(self, fn: Callable, leaves: Sequence[Any]) -> Any:
+        # Under a transform the whole Function is one call to a function mode, which is not in force inside.
+        active = _get_current_function_mode_stack()
+        return self._under([mode for mode in self.modes if mode not in active], fn, leaves)
+
+    def again(self, fn: Callable, leaves: Sequence[Any]) -> Any:
+        return self._under([replay(leaves) for replay in self.replays], fn, leaves)
+
+    def _under(self, modes: Sequence[TorchFunctionMode], fn: Callable, leaves: Sequence[Any]) -> Any:
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return fn(*args, **kwargs)
 
 
 class _RefuseCaptured(TorchFunctionMode):
@@ -185,16 +227,14 @@ def remat(fn: Callable) -> Callable:
     # The structure of the result, known once the function has run.
     out_spec: pytree.TreeSpec
 
-    def forward(spec: pytree.TreeSpec, *leaves: Any) -> tuple[Tensor, ...]:
+    def forward(call: _Call, *leaves: Any) -> tuple[Tensor, ...]:
         nonlocal out_spec
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
         with _RefuseCaptured(leaves, fn_name):
-            out_leaves, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
+            out_leaves, out_spec = pytree.tree_flatten(call.first(fn, leaves))
         return tuple(out_leaves)
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        spec, *leaves = inputs
-        ctx.spec = spec
+        ctx.call, *leaves = inputs
         ctx.is_tensor = [isinstance(x, Tensor) for x in leaves]
         ctx.static = [x for x in leaves if not isinstance(x, Tensor)]
         ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
@@ -208,8 +248,7 @@ def remat(fn: Callable) -> Callable:
             merged = list(leaves)
             for i, x in zip(wanted, differentiated, strict=True):
                 merged[i] = x
-            args, kwargs = pytree.tree_unflatten(merged, ctx.spec)
-            outs = pytree.tree_leaves(fn(*args, **kwargs))
+            outs = pytree.tree_leaves(ctx.call.again(fn, merged))
             pairs = [(y, g) for y, g in zip(outs, cotangents, strict=True) if y.is_floating_point()]
             # Its gradient is the pullback of the cotangents. torch.func.vjp would run the backward after
             # its transform level has ended, and a remat inside fn still needs that level.
@@ -226,7 +265,7 @@ def remat(fn: Callable) -> Callable:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        out_leaves = function.apply(spec, *leaves)
+        out_leaves = function.apply(_Call(leaves, spec), *leaves)
         return pytree.tree_unflatten(out_leaves, out_spec)
 
     traced = torch._dynamo.nonstrict_trace(run)
