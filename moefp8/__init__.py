@@ -7,6 +7,7 @@ from moefp8.grouped import scaled_grouped_mm
 from moefp8.groups import generate_jagged_offs
 from moefp8.moe import init_moe_ffn, moe_ffn
 from moefp8.mx import MXArray, dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
+from moefp8.precision import Explanation, explain, low_precision
 from moefp8.recipe import (
     BF16,
     FP8_ROWWISE,
@@ -24,6 +25,7 @@ __all__ = [
     "MXFP8",
     "MXFP8_EXACT",
     "MXFP8_WGRAD_HP",
+    "Explanation",
     "Gemm",
     "MXArray",
     "MoEConfig",
@@ -32,8 +34,10 @@ __all__ = [
     "Routing",
     "dequantize_mx",
     "expert_ffn",
+    "explain",
     "generate_jagged_offs",
     "init_moe_ffn",
+    "low_precision",
     "moe_ffn",
     "mx_error_bound",
     "quantize_mx",
