@@ -74,12 +74,71 @@ def test_case_knows_what_divides_its_groups() -> None:
 # --- timing --------------------------------------------------------------------------------------
 
 
-def test_candidates_take_turns_and_turn_around() -> None:
+def test_candidates_take_turns_in_random_order() -> None:
+    """Once each a round; twelve rounds of three do not all agree (6^-11), and a second run repeats them."""
     calls: list[str] = []
     steps = {name: partial(calls.append, name) for name in "abc"}
-    times = timing.Timer(CPU).alternate(steps, 3)
-    assert "".join(calls) == "abc" + "cba" + "abc"
-    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3, "c": 3}
+    seconds, exposed, failed = timing.Timer(CPU).alternate(steps, 12)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 36, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+    assert {name: len(t) for name, t in seconds.items()} == {"a": 12, "b": 12, "c": 12}
+    assert not exposed
+    assert not failed
+    timing.Timer(CPU).alternate(steps, 12)
+    assert calls[:36] == calls[36:]
+
+
+def test_what_fails_later_drops_out_and_says_why() -> None:
+    calls: list[str] = []
+
+    def fails_later() -> None:
+        calls.append("peer")
+        if len(calls) == 3:
+            raise RuntimeError("no more\nat all")
+
+    steps = {"peer": fails_later, "other": lambda: None}
+    peer_errors = {"peer": (RuntimeError,), "other": ()}
+    seconds, _, failed = timing.Timer(CPU).alternate(steps, 5, may_raise=peer_errors.__getitem__)
+    assert len(calls) == 3
+    assert failed == {"peer": "no more"}
+    assert {name: len(t) for name, t in seconds.items()} == {"other": 5}
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no more"):
+        timing.Timer(CPU).alternate(steps, 5)
+
+
+@pytest.mark.parametrize(("launch", "exposed"), [(0.02, False), (math.inf, True)])
+def test_sleeps_until_the_launch_is_hidden(launch: float, exposed: bool) -> None:
+    """A call counts only if the device slept for longer than the launch, unless no sleep is enough."""
+    leads: list[float] = []
+
+    class Fake(timing.Timer):
+        def once(self, step: timing.Step, lead: float = 0.0) -> tuple[float, bool]:
+            leads.append(lead)
+            return (1.0 if lead > launch else 2.0), lead > launch
+
+    seconds, seen, _ = Fake(CPU).alternate({"a": lambda: None}, 2)
+    assert seconds == {"a": [2.0, 2.0] if exposed else [1.0, 1.0]}
+    assert seen == ({"a"} if exposed else set())
+    enough = [2e-3, 8e-3, 32e-3, 32e-3]  # the second round begins where the first one ended
+    assert leads == ([2e-3, 8e-3, 32e-3, 128e-3, 0.0, 0.0] if exposed else enough)
+
+
+def test_a_lost_device_ends_the_run_with_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def lost(self: timing.Timer, *rest: object) -> timing.Timings:
+        raise timing.DeviceLostError("a peer left the device unusable: illegal access")
+
+    args = "quantize --device cpu --shape 64,32,32 --shape 32,32,32 --repeats 1 --json"
+    once = timing.Timer.alternate
+    turns = iter([once, lost])
+    monkeypatch.setattr(timing.Timer, "alternate", lambda *args: next(turns)(*args))
+    with pytest.raises(SystemExit, match="a peer left the device unusable"):
+        main([*args.split(), str(tmp_path / "q.json")])
+    assert {row["problem"]["m"] for row in written(tmp_path / "q.json")["rows"]} == {64}
+    assert "M 64" in capsys.readouterr().out
 
 
 def test_summary() -> None:
@@ -91,16 +150,17 @@ def test_summary() -> None:
 
 def test_ratios_pair_the_times_of_a_round() -> None:
     """Every other round is ten times as slow for all: the ratio must not see it."""
-    clock = iter([*[1.0, 2.0], *[20.0, 10.0]] * 2)  # rounds forward (bf16, ours), backward (ours, bf16)
+    calls = iter(range(100))
 
     class Fake(timing.Timer):
-        def once(self, step: timing.Step) -> float:
-            return next(clock)
+        def once(self, step: timing.Step, lead: float = 0.0) -> tuple[float, bool]:
+            return step() * (10.0 if next(calls) // 2 % 2 else 1.0), True
 
         def first_call(self, step: timing.Step) -> float:
             return 0.0
 
-    two = [peers.peers()[0], *candidates.ours({"mxfp8": MXFP8}, None)]
+    baseline = candidates.Candidate(peers.BASELINE, lambda case: lambda: 1.0, fp8=False)
+    two = [baseline, candidates.Candidate("half as fast", lambda case: lambda: 2.0)]
     rows = measure_shape(
         TINY, two, Fake(CPU), ceilings.Ceilings(1.0, 1.0, math.nan),
         unequal=None, backward=True, repeats=4, advance=lambda: None,

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, about: str, *, times: bool) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--device", help="cuda (the default), cuda:1, ..., or cpu")
+        sub.add_argument("--device", help="cuda (default), cuda:1, ..., or cpu")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
         sub.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
         if times:
@@ -57,28 +57,41 @@ def parser() -> argparse.ArgumentParser:
                 type=shape,
                 action="append",
                 metavar="M,K,N",
-                help="repeatable; the published ones",
+                help="repeatable (default: the published shapes on a GPU, 1024,512,512 on a CPU)",
             )
             sub.add_argument(
-                "--groups", type=positive, nargs="+", metavar="G", help="with --shape: numbers of experts"
+                "--groups",
+                type=positive,
+                nargs="+",
+                metavar="G",
+                help="with --shape: numbers of experts (8)",
             )
             sub.add_argument(
                 "--unequal", type=positive, nargs="?", const=1, metavar="MULTIPLE",
                 help="random group sizes, multiples of MULTIPLE (1); peers may need 16 or 32",
             )  # fmt: skip
-            sub.add_argument("--repeats", type=positive, default=20, help="calls of each candidate")
+            sub.add_argument(
+                "--repeats", type=positive, metavar="N", help="calls of each (20 on a GPU, 5 on a CPU)"
+            )
+            sub.add_argument(
+                "--without", action="append", default=[], metavar="NAME",
+                help="repeatable: leave out what has NAME in its name",
+            )  # fmt: skip
         return sub
 
     def products(sub: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
         sub.add_argument(
-            "--recipe", choices=list(PRESETS), action="append", help=f"repeatable; {', '.join(recipes)}"
+            "--recipe",
+            choices=list(PRESETS),
+            action="append",
+            help=f"repeatable (default: {', '.join(recipes)})",
         )
         sub.add_argument(
             "--promote", type=positive, action="append", default=[], metavar="N",
             help="repeatable: add the recipes with this promotion interval",
         )  # fmt: skip
         sub.add_argument(
-            "--implementation", choices=list(REGISTRY), help="instead of the first that serves"
+            "--implementation", choices=list(REGISTRY), help="of moefp8 (default: the first that serves)"
         )
         sub.set_defaults(recipes=recipes)
 
@@ -114,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
     args = parser().parse_args(argv)
     device = device_of(args)
+    if getattr(args, "repeats", 0) is None:
+        args.repeats = 20 if device.type == "cuda" else 5
     try:
         from moefp8.bench import session
     except ModuleNotFoundError as error:

@@ -55,6 +55,6 @@ def measure_ceilings(timer: Timer, repeats: int) -> Ceilings:
         steps["fp8"] = lambda: fp8_mm(a8, b8, fast=False)
     for step in steps.values():
         timer.first_call(step)
-    times = {name: statistics.median(t) for name, t in timer.alternate(steps, repeats).items()}
+    times = {name: statistics.median(t) for name, t in timer.alternate(steps, repeats).seconds.items()}
     fp8 = 2 * m * n * k8 / times["fp8"] if "fp8" in times else float("nan")
     return Ceilings(moved / times["copy"], 2 * m * n * k / times["bf16"], fp8)

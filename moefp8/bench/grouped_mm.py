@@ -15,6 +15,7 @@ from moefp8.bench.candidates import Candidate, Case, make_case
 from moefp8.bench.ceilings import Ceilings
 from moefp8.bench.peers import BASELINE
 from moefp8.bench.problem import Operands, Problem, draw, unequal_offs
+from moefp8.bench.refusals import may_raise
 from moefp8.bench.run import Outcome, start
 from moefp8.bench.timing import Timer, summary
 
@@ -62,21 +63,20 @@ def measure_shape(
             outcomes[layout, candidate.name] = start(candidate, case, timer)
     steps = {key: o.step for key, o in outcomes.items() if o.step is not None}
     named = {"\n".join(key): step for key, step in steps.items()}
-    timed = timer.alternate(named, repeats, advance)
-    times = {key: timed["\n".join(key)] for key in steps}
-    return [
-        Row(
-            problem,
-            layout,
-            outcome.candidate.name,
-            outcome.candidate.whole,
-            outcome.reason,
-            {}
-            if outcome.reason is not None
-            else _figures(outcome, cases[layout], times[layout, name], times, layout, ceilings),
-        )
-        for (layout, name), outcome in outcomes.items()
-    ]
+    seconds, exposed, failed = timer.alternate(
+        named, repeats, advance, lambda name: may_raise(name.split("\n")[1])
+    )
+    times = {key: seconds["\n".join(key)] for key in steps if "\n".join(key) in seconds}
+    rows = []
+    for (layout, name), outcome in outcomes.items():
+        key = "\n".join((layout, name))
+        figures: dict[str, float] = {}
+        if (layout, name) in times:
+            figures = _figures(outcome, cases[layout], times[layout, name], times, layout, ceilings)
+            figures["exposed"] = float(key in exposed)
+        reason = failed.get(key, outcome.reason)
+        rows.append(Row(problem, layout, name, outcome.candidate.whole, reason, figures))
+    return rows
 
 
 def _figures(

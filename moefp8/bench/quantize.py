@@ -16,7 +16,7 @@ from moefp8 import quantize_mx, quantize_mx_jagged
 from moefp8.bench.ceilings import copy_step
 from moefp8.bench.peers import import_or_error, no_torchao
 from moefp8.bench.problem import Problem, equal_offs, unequal_offs
-from moefp8.bench.refusals import PEER_FAILURES, REFUSALS, explain
+from moefp8.bench.refusals import explain, may_raise
 from moefp8.bench.timing import Step, Timer, summary
 
 COPY = "copy"
@@ -157,7 +157,8 @@ def measure_quantisers(
         missing[quantiser.name] = reason
         if reason is None:
             steps[quantiser.name] = partial(quantiser.run, inputs)
-    times = timer.alternate(steps, repeats, advance)
+    times, exposed, failed = timer.alternate(steps, repeats, advance, may_raise)
+    missing |= failed
 
     layout = "equal" if unequal is None else "unequal"
     copy_figures = {**summary(times[COPY]), "bytes": float(copied)}
@@ -174,15 +175,16 @@ def measure_quantisers(
                 c / q for c, q in zip(times[COPY], times[quantiser.name], strict=True)
             )
             figures["copy_share"] = ratio * moved / copied
+            figures["exposed"] = float(quantiser.name in exposed)
         rows.append(Row(problem, layout, quantiser.name, missing[quantiser.name], figures))
     return rows
 
 
 def _first_call(quantiser: Quantiser, inputs: Inputs, timer: Timer) -> str | None:
     """Call once, compiling what needs compiling; the reason if a peer cannot or memory runs out."""
-    expected = REFUSALS if quantiser.name.startswith("moefp8") else PEER_FAILURES
     try:
         timer.first_call(lambda: quantiser.run(inputs))
-    except expected as error:
+    except may_raise(quantiser.name) as error:
+        timer.check_device(quantiser.name, error)
         return explain(error)
     return None

@@ -8,6 +8,11 @@ REFUSALS = (torch.OutOfMemoryError, NotImplementedError, ExceptionGroup)
 PEER_FAILURES = (*REFUSALS, RuntimeError, AssertionError, ValueError, TypeError)
 
 
+def may_raise(name: str) -> tuple[type[Exception], ...]:
+    """What a candidate of this name may raise and be reported as missing."""
+    return REFUSALS if name.startswith("moefp8") else PEER_FAILURES
+
+
 def explain(error: BaseException) -> str:
     """An exception in one line; of a group, what each member says."""
     if isinstance(error, torch.OutOfMemoryError):

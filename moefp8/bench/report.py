@@ -137,16 +137,22 @@ def show_measured(console: Console, rows: Sequence[Measured], partial: Collectio
             cells = (
                 form(row.figures[key]) if key in row.figures else "" for key, (_, form) in shown.items()
             )
-            table.add_row(row.candidate + (" *" if row.candidate in partial else ""), *cells)
+            marks = (" *" if row.candidate in partial else "") + (
+                " +" if row.figures.get("exposed") else ""
+            )
+            table.add_row(row.candidate + marks, *cells)
         console.print(table)
+    if any(row.figures.get("exposed") for row in rows):
+        console.print(EXPOSED, style="dim", highlight=False)
     missing: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.missing is not None:
             missing.setdefault(row.missing, {})[row.candidate] = None
     for reason, names in missing.items():
-        console.print(f"missing: {', '.join(names)}: {reason}", style="dim", markup=False)
+        console.print(f"missing: {'; '.join(names)}: {reason}", style="dim", markup=False)
 
 
+EXPOSED = "+ waits for the device inside the step, so its time includes launching."
 GROUPED_MM_LEGEND = """\
 Medians; ratios are medians over rounds in which all candidates take turns.
 * bare products of operands quantised beforehand, not a training step.

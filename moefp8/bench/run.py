@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from moefp8.bench.candidates import Candidate, Case, Results
-from moefp8.bench.refusals import PEER_FAILURES, REFUSALS, explain
+from moefp8.bench.refusals import explain, may_raise
 from moefp8.bench.timing import Timer
 
 
@@ -22,15 +22,16 @@ def start(candidate: Candidate, case: Case, timer: Timer) -> Outcome:
     """Build a candidate's step and call it once.
 
     A peer that raises is reported as missing, with its words; so is this library where it refuses
-    the call or runs out of memory. Any other error of ours is a bug and propagates.
+    the call or runs out of memory. Any other error of ours is a bug and propagates, and so does
+    DeviceLostError, after which nothing can be measured.
     """
     reason = candidate.refuse(case)
     if reason is not None:
         return Outcome(candidate, None, reason, None)
-    expected = REFUSALS if candidate.name.startswith("moefp8") else PEER_FAILURES
     try:
         step = candidate.build(case)
         seconds = timer.first_call(step)
-    except expected as error:
+    except may_raise(candidate.name) as error:
+        timer.check_device(candidate.name, error)
         return Outcome(candidate, None, explain(error), None)
     return Outcome(candidate, step, None, seconds)

@@ -18,7 +18,7 @@ from moefp8.bench.candidates import Candidate, chosen, named_recipes, ours
 from moefp8.bench.ceilings import Ceilings, measure_ceilings
 from moefp8.bench.peers import peers
 from moefp8.bench.problem import Problem
-from moefp8.bench.timing import Timer
+from moefp8.bench.timing import DeviceLostError, Timer
 
 #: Numbers of the other two axes of a long contraction, and the shape of the SQNR products.
 BIAS_SIZE = {"cuda": 512, "cpu": 64}
@@ -51,6 +51,8 @@ def _progress(console: Console, total: int) -> Iterator[_Bar]:
 
 def _begin(device: torch.device) -> tuple[Console, Timer, dict[str, Any]]:
     console = report.console()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and launches go to the current device
     environment = report.environment(device)
     console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None))
     return console, Timer(device), environment
@@ -61,6 +63,32 @@ def _ours(args: argparse.Namespace, device: torch.device, environment: dict[str,
     recipes = named_recipes(args.recipe or args.recipes, args.promote)
     environment["implementations"] = chosen(recipes, args.implementation, device)
     return ours(recipes, args.implementation)
+
+
+@contextmanager
+def _until_stopped() -> Iterator[list[str]]:
+    """What was measured before Ctrl-C or the loss of the device is still shown and written.
+
+    Yields a list that then holds why.
+    """
+    stopped: list[str] = []
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        stopped.append("stopped by Ctrl-C")
+    except DeviceLostError as error:
+        stopped.append(f"{error}. Leave it out with --without to measure the rest.")
+
+
+def _stop(stopped: Sequence[str]) -> None:
+    """Leave with an error status if the run is not complete."""
+    if stopped:
+        raise SystemExit(f"Not complete, the tables end with the last whole shape: {stopped[0]}")
+
+
+def _kept(args: argparse.Namespace, named: Sequence[Any]) -> list[Any]:
+    """Those whose names contain none of ``--without``."""
+    return [x for x in named if not any(part in x.name for part in args.without)]
 
 
 def _write(
@@ -89,11 +117,14 @@ def grouped_mm(
     ceilings = measure_ceilings(timer, 10)
     report.show_ceilings(console, ceilings)
     baseline, *rest = peers()
-    candidates = [baseline, *_ours(args, device, environment), *rest]
+    candidates = _kept(args, [baseline, *_ours(args, device, environment), *rest])
     report.show_implementations(console, environment["implementations"])
     layouts = 1 if args.unequal is None else 2
     rows: list[gmm.Row] = []
-    with _progress(console, len(problems) * layouts * len(candidates) * args.repeats) as progress:
+    with (
+        _until_stopped() as stopped,
+        _progress(console, len(problems) * layouts * len(candidates) * args.repeats) as progress,
+    ):
         for i, problem in enumerate(problems):
             progress.at(i / len(problems), str(problem))
             rows += gmm.measure_shape(
@@ -111,11 +142,14 @@ def grouped_mm(
     report.show_measured(console, rows, {row.candidate for row in rows if not row.whole})
     console.print(report.GROUPED_MM_LEGEND, style="dim", highlight=False)
     _write(args, command, environment, ceilings, rows, console)
-    if args.png is not None:
+    if args.png is not None and rows:
         from moefp8.bench import plots
 
+        if any("speedup" in row.figures for row in rows):
+            _written(console, plots.speedups(args.png, rows))
         beside = args.png.with_stem(f"{args.png.stem}-roofline")
-        _written(console, plots.speedups(args.png, rows), plots.roofline(beside, rows, ceilings))
+        _written(console, plots.roofline(beside, rows, ceilings))
+    _stop(stopped)
 
 
 def quantize(
@@ -123,9 +157,12 @@ def quantize(
 ) -> None:
     """The table of quantisers, its JSON, and a picture of the shares of the copy speed."""
     console, timer, environment = _begin(device)
-    quantisers = [*quant.OURS, *quant.PEERS]
+    quantisers = _kept(args, [*quant.OURS, *quant.PEERS])
     rows: list[quant.Row] = []
-    with _progress(console, len(problems) * (len(quantisers) + 1) * args.repeats) as progress:
+    with (
+        _until_stopped() as stopped,
+        _progress(console, len(problems) * (len(quantisers) + 1) * args.repeats) as progress,
+    ):
         for i, problem in enumerate(problems):
             progress.at(i / len(problems), str(problem))
             rows += quant.measure_quantisers(
@@ -139,10 +176,11 @@ def quantize(
             gmm.release(device)
     report.show_measured(console, rows)
     _write(args, command, environment, None, rows, console)
-    if args.png is not None:
+    if args.png is not None and rows:
         from moefp8.bench import plots
 
         _written(console, plots.quantisers(args.png, rows))
+    _stop(stopped)
 
 
 def accumulation(args: argparse.Namespace, device: torch.device, command: str) -> None:
