@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -417,3 +418,23 @@ def test_commands_on_a_gpu(tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         main([*command.split(), "--json", str(path), "--png", str(tmp_path / "x.png")])
         assert all(row["missing"] is None for row in written(path)["rows"] if "moefp8" in row["candidate"])
+
+
+@pytest.mark.gpu
+def test_launching_is_not_timed() -> None:
+    """A host that takes 10 ms to launch one small kernel; and one that cannot go on without the device."""
+    x = torch.zeros(1, device="cuda")
+
+    def slow_launch() -> None:
+        time.sleep(10e-3)
+        x.add_(1)
+
+    def waits() -> float:
+        time.sleep(10e-3)
+        return x.add_(1).item()
+
+    steps = {"slow launch": slow_launch, "waits": waits}
+    seconds, exposed, _ = timing.Timer(torch.device("cuda")).alternate(steps, 3)
+    assert exposed == {"waits"}
+    assert max(seconds["slow launch"]) < 1e-3
+    assert min(seconds["waits"]) > 5e-3  # the write that empties the caches covers a millisecond at most
