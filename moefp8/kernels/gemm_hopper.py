@@ -102,15 +102,6 @@ def _consume(
         c_row = c_row + WARPGROUP * ROWS
         row = c_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         mine = column + gl.arange(0, COLUMNS, one_each)
-        sa = gl.load(a_scale + row, mask=row < gl.where(steps > 0, c_end, 0), other=0.0)
-        sb = gl.load(
-            b_scale + group * columns + mine, mask=mine < gl.where(steps > 0, columns, 0), other=0.0
-        )
-        if BIAS:
-            biased = gl.where(group < num_groups, columns, 0)
-            added = gl.load(bias + group * bias_stride + mine, mask=mine < biased, other=0.0)
-            added = added.to(gl.float32)
-
         acc = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
         if PROMOTE == 1:
             for _ in range(steps):
@@ -144,6 +135,14 @@ def _consume(
                 acc = acc + part
 
         if c_row < c_end:
+            sa = gl.load(a_scale + row, mask=row < gl.where(steps > 0, c_end, 0), other=0.0)
+            sb = gl.load(
+                b_scale + group * columns + mine, mask=mine < gl.where(steps > 0, columns, 0), other=0.0
+            )
+            if BIAS:
+                biased = gl.where(group < num_groups, columns, 0)
+                added = gl.load(bias + group * bias_stride + mine, mask=mine < biased, other=0.0)
+                added = added.to(gl.float32)
             acc = acc * gl.expand_dims(sa, 1) * gl.expand_dims(gl.convert_layout(sb, across), 0)
             if BIAS:
                 acc = acc + gl.expand_dims(gl.convert_layout(added, across), 0)

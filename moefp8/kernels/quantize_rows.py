@@ -136,7 +136,7 @@ def _reduce_bands_kernel(
     column_amax, poisoned, band_amax, band_poisoned, ends, columns,
     BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: some columns of one group, over the bands of its segment.
+    # One program: some columns of one group, over every so many-th 32 bands of its segment.
     group = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -144,16 +144,15 @@ def _reduce_bands_kernel(
     count = tl.load(ends + group) // BAND - start
     largest = tl.zeros((COLUMNS,), tl.int32)
     sick = tl.zeros((BANDS,), tl.int32)
-    for i in range(tl.cdiv(count, BANDS)):
+    for i in range(tl.program_id(2), tl.cdiv(count, BANDS), tl.num_programs(2)):
         nth = i * BANDS + tl.arange(0, BANDS)
         band = (start + nth).to(tl.int64)
         here = (nth < count)[:, None] & inside[None, :]
         part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
         largest = tl.maximum(largest, tl.max(part, 0))
         sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
-    tl.store(column_amax + group * columns + column, largest, mask=inside)
-    if tl.program_id(1) == 0:
-        tl.store(poisoned + group, tl.max(sick, 0))
+    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
+    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 class RowQuantized(NamedTuple):
@@ -196,10 +195,8 @@ def _tiling(columns: int) -> tuple[int, int, int]:
     if columns <= 1024:
         return 4, 64, 4
     if columns <= 2048:
-        return 2, 64, 4
-    if columns <= 8192:
-        return 2, 64, 8
-    return 1, 64, min(columns // 2048, 16)
+        return 1, 64, 4
+    return 1, 64, min(columns // 1024, 16)
 
 
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
@@ -234,9 +231,13 @@ def _quantize_rows(
     _quantize_rows_kernel[(bands,)](*arguments, ROWS=rows, **common)
     _repair_poisoned_kernel[(bands,)](*arguments, **common)
     if column_amax:
-        grid = (num_groups, triton.cdiv(columns, 64))
-        _reduce_bands_kernel[grid](
-            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=band, BANDS=64, COLUMNS=64
+        amax.zero_()
+        poisoned.zero_()
+        across = triton.cdiv(columns, 64)
+        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
+        split = max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
+        _reduce_bands_kernel[(num_groups, across, split)](
+            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=band, BANDS=32, COLUMNS=64
         )
     return data, scale, amax, poisoned
 

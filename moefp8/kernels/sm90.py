@@ -30,6 +30,8 @@ from moefp8.mx import MXArray
 from moefp8.recipe import Gemm, Recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Read once, as triton.jit does where kernels are defined; Dynamo cannot trace a look at the knob.
+_INTERPRETED = triton.knobs.runtime.interpret
 
 
 # --- what can be served --------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def refuse(request: Request) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
             return f"needs a Hopper GPU (compute capability 9.0), got {major}.{minor}"
-    elif not (device.type == "cpu" and triton.knobs.runtime.interpret and request.named):
+    elif not (device.type == "cpu" and _INTERPRETED and request.named):
         by_name = "called by name, TRITON_INTERPRET=1 runs its kernels on a CPU"
         return f"needs a Hopper GPU, got {device.type} ({by_name})"
     a_dtype, b_dtype = request.dtypes
