@@ -220,7 +220,13 @@ class PrecisionMode(ReplayedMode):
         except Keep as keep:
             return self.keep(func, args, kwargs, call, str(keep))
         except Exception as error:
-            error.add_note(f"low_precision: in {function_name(func)} with weight {weight.paths[0]!r}")
+            if isinstance(error, ValueError):
+                func(*args, **kwargs)  # if the call is wrong anyway, the original says so in its own words
+            where = f"low_precision: in {function_name(func)} with weight {weight.paths[0]!r}"
+            if isinstance(error, TypeError):
+                # `@` takes a TypeError for "operands not supported" and drops the message.
+                raise ValueError(f"{where}: {error}") from error
+            error.add_note(where)
             raise
         if out is None:  # the original refuses operands of different dtypes in its own words
             return self.keep(func, args, kwargs, call, "operands of different dtypes")

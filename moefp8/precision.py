@@ -65,10 +65,10 @@ def low_precision(
         ``remat`` inside it. Of nested ones the innermost that matches a weight decides.
 
     Raises:
-        TypeError: a rule is not a pair of a pattern and a :class:`Recipe`; when called, a weight that
-            is float64 under a recipe that quantises.
-        ValueError: when called, a rule that matches no path or only such that an earlier rule takes,
-            with the closest paths; one tensor under two recipes.
+        TypeError: a rule is not a pair of a pattern and a :class:`Recipe`.
+        ValueError: when called, a rule that matches no path, with the closest ones, or only such as an
+            earlier rule takes; one tensor, or one product, under two recipes; a float64 product under
+            a recipe that quantises.
         NotImplementedError: ``torch.utils.checkpoint`` inside ``fn``; what the products refuse.
 
     Warns:
