@@ -34,7 +34,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; this example needs: pip install 'moefp8[examples,transformers]'") from error
 
-from train_moe_lm import draw_batch, held_out_windows, learning_rate, load_corpus
+from lm_text import draw_batch, held_out_windows, load_corpus
+from train_moe_lm import learning_rate
 
 # --- model ---------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def header(parameters: int, train_bytes: int, held_out_bytes: int, args: argpars
         f"{parameters / 1e6:.2f} M parameters, {args.layers} layers of {args.experts} experts, "
         f"top-{args.top_k}, on {torch.get_num_threads()} threads\n"
         f"{train_bytes / 1e6:.2f} MB of the standard library to train on, {held_out_bytes / 1e6:.2f} MB "
-        f"held out; {args.steps} steps of {args.batch} x {args.length} bytes"
+        f"held out;\n{args.steps} steps of {args.batch} x {args.length} bytes"
     )
 
 
@@ -97,10 +97,11 @@ def table(results: Sequence[Result]) -> None:
 
 
 def _smooth(loss: Tensor, window: int) -> Tensor:
-    """Mean of the last ``window`` values, of fewer at the start."""
+    """Mean over ``window // 2`` values on each side: at the start as many as there are, not to lag."""
     total = torch.cat([torch.zeros(1, dtype=loss.dtype), loss.cumsum(0)])
-    end = torch.arange(1, len(loss) + 1)
-    start = (end - window).clamp(min=0)
+    i = torch.arange(len(loss))
+    reach = i.clamp(max=window // 2)
+    start, end = i - reach, (i + reach + 1).clamp(max=len(loss))
     return (total[end] - total[start]) / (end - start)
 
 
@@ -124,6 +125,11 @@ def plot(results: Sequence[Result], path: Path) -> None:
         )
         if i:
             bottom.plot(steps, 100 * (curve / base - 1), color=colour, linewidth=1.2)
+            step, loss = r.held_out_points.T
+            first = results[0].held_out_points[:, 1]
+            bottom.plot(
+                step, 100 * (loss / first - 1), "o", color=colour, markersize=6, markeredgecolor="white"
+            )
     top.plot([], [], "o", color="grey", markeredgecolor="white", label="held-out text")
     top.set_ylabel("loss, nats a byte")
     top.set_title("MoE language model on the Python standard library", loc="left", fontweight="bold")

@@ -279,6 +279,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(tmp_path):
             "argument --dim: expected a multiple of 2 \\* heads = 6, got 100",
         ),
         (["--learning-rate", "-1"], "argument --learning-rate: expected at least 0, got -1.0"),
+        (["--learning-rate", "nan"], "argument --learning-rate: expected at least 0, got nan"),
+        (["--out", __file__], "argument --out: expected a folder, got the file .*test_example.py"),
         (["--recipes", "bf16,mxfp8", "--frobnicate"], "unrecognized arguments: .*--frobnicate"),
     ],
 )
@@ -308,6 +310,8 @@ def test_flags():
     assert short.dim == 96
 
 
-def test_smoothing_is_the_mean_of_the_last_values():
-    got = lm_report._smooth(torch.tensor([1.0, 3.0, 5.0, 7.0]), 2)
-    assert got.tolist() == [1.0, 2.0, 4.0, 6.0]
+def test_smoothing_is_a_mean_of_both_sides():
+    got = lm_report._smooth(torch.tensor([1.0, 3.0, 8.0, 4.0, 0.0, 5.0]), 3)
+    assert got.tolist() == [1.0, 4.0, 5.0, 4.0, 3.0, 2.5]
+    line = torch.arange(9.0)
+    assert torch.equal(lm_report._smooth(line, 4)[:7], line[:7]), "it does not lag"
