@@ -176,9 +176,7 @@ def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **keywords: Any) -> 
     return _addmm(input, batch1, batch2, **keywords)
 
 
-def _einsum(equation: Any, *operands: Any) -> Call:
-    if not isinstance(equation, str):
-        raise Keep("einsum with sublists; write the equation as a string")
+def _einsum(equation: str, *operands: Any) -> Call:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     if len(operands) != 2:
@@ -240,7 +238,7 @@ def _table() -> dict[Callable, Callable[..., Call]]:
         _linear: [functional.linear],
         _matmul: [torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul],
         _rmatmul: [Tensor.__rmatmul__],
-        _mm: [torch.mm, Tensor.mm, torch.bmm, Tensor.bmm],
+        _mm: [torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv],
         _addmm: [torch.addmm, Tensor.addmm],
         _baddbmm: [torch.baddbmm, Tensor.baddbmm],
         _einsum: [torch.einsum, torch.functional.einsum],

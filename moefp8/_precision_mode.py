@@ -128,7 +128,10 @@ class PrecisionMode(ReplayedMode):
             return func(*args, **kwargs)  # the backward pass of a transform inside the function
         if func in PRODUCTS:
             return self.product(func, args, kwargs)
-        out = func(*args, **kwargs) if self.recorder is None else self.recorder.run(func, args, kwargs)
+        if self.recorder is None:
+            out = func(*args, **kwargs)
+        else:
+            out = self.recorder.run(func, args, kwargs, self.registry)
         source = args[0] if args else kwargs.get("input")
         if isinstance(source, Static):
             self.explicit(func, source, args[1:])
@@ -158,7 +161,7 @@ class PrecisionMode(ReplayedMode):
             self.became(func, [weight], weight if follows else LOOKUP, out)
         elif kind == "in_place":
             self.registry.drop(source)
-            self.became(func, [weight], "overwritten", out)
+            self.became(func, [weight], "overwritten", source)
         elif self.recorder is not None:
             self.recorder.follow(self.registry, func, kind, (args, kwargs), out)
 

@@ -73,8 +73,9 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("path", "product", "shapes", "recipe", "FLOPs", "%")]
-        for (path, op, shapes, recipe, why), (count, flops) in _grouped(self.products).items():
-            name = f"{path or '-'}{f' ({count}x)' if count > 1 else ''}"
+        for (path, op, shapes, recipe, why), same in _grouped(self.products).items():
+            name = f"{path or '-'} ({len(same)}x)" if len(same) > 1 else same[0].path or "-"
+            flops = sum(p.flops for p in same)
             what = recipe_name(recipe) if recipe else f"- ({why})"
             share = 100 * flops / max(self.flops, 1)
             rows.append((name, op, _shapes(shapes), what, _engineering(flops), f"{share:.1f}"))
@@ -85,13 +86,12 @@ class Explanation(NamedTuple):
         )
         if self.unused:
             lines += ["", f"matched, but used by no product ({len(self.unused)}):"]
-            paths: dict[tuple[str, str], int] = {}
+            kinds: dict[tuple[str, str], list[str]] = {}
             for unused in self.unused:
-                key = generalised(unused.path), unused.why
-                paths[key] = paths.get(key, 0) + 1
+                kinds.setdefault((generalised(unused.path), unused.why), []).append(unused.path)
             lines += [
-                f"  {path}{f' ({count}x)' if count > 1 else ''}: {why}"
-                for (path, why), count in paths.items()
+                f"  {f'{path} ({len(paths)}x)' if len(paths) > 1 else paths[0]}: {why}"
+                for (path, why), paths in kinds.items()
             ]
         return "\n".join(lines)
 
@@ -109,13 +109,11 @@ def recipe_name(recipe: Recipe) -> str:
     return "/".join(gemm.format for gemm in recipe)
 
 
-def _grouped(products: Iterable[Product]) -> dict[tuple, list[int]]:
-    """Lines of the table, with how many products each stands for and their FLOPs together."""
-    lines: dict[tuple, list[int]] = {}
+def _grouped(products: Iterable[Product]) -> dict[tuple, list[Product]]:
+    """Lines of the table, and the products that each stands for."""
+    lines: dict[tuple, list[Product]] = {}
     for p in products:
-        line = lines.setdefault((generalised(p.path), p.op, p.shapes, p.recipe, p.why), [0, 0])
-        line[0] += 1
-        line[1] += p.flops
+        lines.setdefault((generalised(p.path), p.op, p.shapes, p.recipe, p.why), []).append(p)
     return lines
 
 
@@ -188,17 +186,14 @@ class Recorder:
         self.used: set[str] = set()
         self._lost = Registry()
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any, registry: Registry) -> Any:
         """Call a function that is no product by name, and note the products it hides."""
         if (args and isinstance(args[0], Static)) or func in _BACKWARD:
             return func(*args, **kwargs)
         out, flops = _count(func, args, kwargs)
         if flops:
-            shapes = tuple(
-                tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)
-            )
             why = "not one of the products that are replaced"
-            self.products.append(Product("", function_name(func), shapes, None, why, flops))
+            self._hidden(func, args, kwargs, why, flops, registry)
         return out
 
     def follow(self, registry: Registry, func: Any, kind: str, arguments: Any, out: Any) -> None:
@@ -207,12 +202,13 @@ class Recorder:
         results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         for x in tensors:
             weight = registry.find(x)
-            for y in results if weight is not None else ():
+            if weight is None or not results:
+                continue
+            self._note(weight, f"taken by {function_name(func)}")
+            for y in results:
                 # w * scale has the shape of w; a norm's weight times activations has theirs.
                 if x.ndim >= 2 and y.shape == x.shape and registry.find(y) is None:
                     self.lose(y, [weight], func, "")
-            if weight is not None and results:
-                self._note(weight, f"taken by {function_name(func)}")
         lost = self._lost.find(tensors[0]) if tensors and kind == "followed" else None
         if lost is not None:
             for y in results:
@@ -256,12 +252,17 @@ class Recorder:
             self.product(func, call, None, why, registry)
             return func(*args, **kwargs)
         out, flops = _count(func, args, kwargs)
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        paths = [path for x in tensors if (weight := registry.find(x)) for path in weight.paths]
-        self._took(registry, *tensors)
-        shapes = tuple(tuple(x.shape) for x in tensors)
-        self.products.append(Product(" @ ".join(paths), function_name(func), shapes, None, why, flops))
+        self._hidden(func, args, kwargs, why, flops, registry)
         return out
+
+    def _hidden(self, func: Any, args: Any, kwargs: Any, why: str, flops: int, registry: Registry) -> None:
+        """Note a call of which no more is known than its arguments."""
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        matrices = [weight for x in tensors if x.ndim > 1 and (weight := registry.find(x)) is not None]
+        path = " @ ".join(dict.fromkeys(" + ".join(weight.paths) for weight in matrices))
+        shapes = tuple(tuple(x.shape) for x in tensors)
+        self.products.append(Product(path, function_name(func), shapes, None, why, flops))
+        self._took(registry, *tensors)
 
     def explicit(self, op: str, static: Static, operands: Sequence[Tensor], registry: Registry) -> None:
         """A product that the function asked of this library itself, under a recipe of its own."""

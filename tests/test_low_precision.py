@@ -73,6 +73,7 @@ PRODUCTS = {
     ),
     "w @ x": (lambda p, x: p["w"] @ x, lambda p, x, mm, gmm: mm(x.T, p["w"].T).T, (64, 5)),
     "w @ vector": (lambda p, x: p["w"] @ x, lambda p, x, mm, gmm: mm(x, p["w"].T), (64,)),
+    "mv": (lambda p, x: torch.mv(p["w"], x), lambda p, x, mm, gmm: mm(x, p["w"].T), (64,)),
     "w @ batch": (lambda p, x: p["w"] @ x, lambda p, x, mm, gmm: mm(x.mT, p["w"].T).mT, (2, 64, 5)),
     "mm": (lambda p, x: torch.mm(x, p["w"].T), lambda p, x, mm, gmm: mm(x, p["w"].T), (5, 64)),
     "mm, w first": (lambda p, x: p["w"].mm(x), lambda p, x, mm, gmm: mm(x.T, p["w"].T).T, (64, 5)),
@@ -123,6 +124,11 @@ PRODUCTS = {
         lambda p, x: torch.einsum("...d,fd", x, p["w"]),
         lambda p, x, mm, gmm: mm(x, p["w"].T),
         (2, 5, 64),
+    ),
+    "einsum of sublists": (
+        lambda p, x: torch.einsum(x, [0, 1], p["w"], [2, 1], [0, 2]),
+        lambda p, x, mm, gmm: mm(x, p["w"].T),
+        (5, 64),
     ),
     "einsum, w first": (
         lambda p, x: torch.einsum("fd,td->ft", [p["w"], x]),
