@@ -170,7 +170,16 @@ def refusing(name, reason):
 
 
 REQUEST = Request(
-    "dense", torch.device("cpu"), (torch.float32,) * 2, MXFP8, torch.float32, (4, 32), (32, 8), None, False, False
+    "dense",
+    torch.device("cpu"),
+    (torch.float32,) * 2,
+    MXFP8,
+    torch.float32,
+    (4, 32),
+    (32, 8),
+    None,
+    False,
+    False,
 )
 REGISTRY = {
     x.name: x
