@@ -71,9 +71,11 @@ def test_a_plan_never_points_past_the_rows(device):
     assert int(got.segments[:, 1:].max()) <= 64
 
 
-@pytest.mark.parametrize("poison", [0, 5], ids=["finite", "poisoned"])
-@pytest.mark.parametrize("gemm_format", FORMATS)
-@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    ("layout", "gemm_format", "poison"),
+    [(x, "mx", 5) for x in ODD_LAYOUTS] + [(ODD_LAYOUTS[0], f, p) for f in FORMATS for p in (0, 5)],
+    ids=str,
+)
 def test_quantisers(layout, gemm_format, poison, device):
     gemm = FORMATS[gemm_format]
     offs, columns = layout.offs(device), 80
@@ -98,7 +100,7 @@ def test_quantisers(layout, gemm_format, poison, device):
     same_bits(scale[filled], want_scale[filled])
 
 
-@pytest.mark.parametrize("columns", [16, 1040, 1408, 5120, 16400])
+@pytest.mark.parametrize("columns", [16, 1040, 5120])
 def test_row_lengths(columns, device):
     """Every tiling of the row quantiser, poisoned blocks at the ends of the row included."""
     rows = 70 if device == "cuda" else 3
@@ -121,8 +123,10 @@ def test_strided_rows(device):
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("gemm_format", ["mx", "floor", "e5m2"])
-@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    ("layout", "gemm_format"),
+    [*((x, "mx") for x in ODD_LAYOUTS), (ODD_LAYOUTS[0], "floor"), (ODD_LAYOUTS[0], "e5m2")],
+)
 def test_fake_quantize(layout, gemm_format, axis, device):
     gemm, offs = FORMATS[gemm_format], layout.offs(device)
     x = draw((layout.rows, 80), device, poison=3)
@@ -148,14 +152,18 @@ def check(got, twin, length):
     assert (error <= bound(exact, size, got.dtype, length)).all()
 
 
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("gemm_format", ["mx", "e5m2", "row"])
 @pytest.mark.parametrize(
-    "layout", [x for x in LAYOUTS if x.name in ("unaligned", "tail", "only tail")], ids=lambda x: x.name
+    ("layout", "gemm_format", "out_dtype"),
+    [
+        ("unaligned", "mx", torch.bfloat16),
+        ("tail", "row", torch.float32),
+        ("only tail", "e5m2", torch.bfloat16),
+    ],
 )
 def test_products(layout, gemm_format, out_dtype, device):
     """Forward with a bias, dgrad and wgrad on the kernels' own operands; K and N no multiples of a tile."""
-    how, offs, (n, k) = FORMATS[gemm_format], layout.offs(device), (208, 144)
+    layout = next(x for x in LAYOUTS if x.name == layout)
+    how, offs, (n, k) = FORMATS[gemm_format], layout.offs(device), (80, 144)
     groups, rows = len(layout.sizes), layout.rows
     a, g = (torch.randn(rows, x, device=device, dtype=torch.bfloat16) for x in (k, n))
     w = torch.randn(groups, n, k, device=device, dtype=torch.bfloat16)
