@@ -140,9 +140,12 @@ def explain(
     >>> def mlp(p, x):
     ...     return (x @ p["up"].T).relu() @ p["down"].T
     >>> print(explain(mlp, [("up", MXFP8)], params, torch.randn(4, 32)))
-    path  product  shapes             recipe             FLOPs     %
-    ----  -------  -----------------  -----------------  ------  ----
-    up    matmul   (4, 32) . (32, 64)  MXFP8
+    path  product  shapes              recipe                FLOPs     %
+    ----  -------  ------------------  -------------------  ------  ----
+    up    matmul   (4, 32) . (32, 64)  MXFP8                16.4 k  50.0
+    down  matmul   (4, 64) . (64, 32)  - (no rule matches)  16.4 k  50.0
+    <BLANKLINE>
+    products: 2, 32.8 kFLOP forward. In FP8: 50.0% of the forward, 50.0% of forward and backward
     """
     recorder = Recorder()
     plan = _Plan.make(fn, rules, argnums, implementation)
