@@ -210,6 +210,7 @@ def test_second_order_and_forward_mode_raise_by_name(layer):
 
 
 @pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compile_with_inductor(one_layer):
     """Inductor may fuse and reorder the routing arithmetic; the experts are opaque to it."""
     torch._dynamo.reset()
