@@ -197,8 +197,7 @@ class PrecisionMode(ReplayedMode):
             self.recorder.explicit(function_name(func), static, operands, self.registry)
 
     def product(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if self.recorder is None and not any(self.registry.find(x) for x in tensors):
+        if self.recorder is None and not self.knows((*args, *kwargs.values())):
             return func(*args, **kwargs)
         try:
             call = PRODUCTS[func](*args, **kwargs)
@@ -237,6 +236,13 @@ class PrecisionMode(ReplayedMode):
         if self.recorder is not None:
             self.recorder.product(func, call, weight.recipe, "", self.registry)
         return out
+
+    def knows(self, operands: Sequence[Any]) -> bool:
+        """Whether a weight is among them, or in a list among them, as einsum may have it."""
+        return any(
+            self.knows(x) if isinstance(x, list | tuple) else self.registry.find(x) is not None
+            for x in operands
+        )
 
     def scaled(self, call: Call, recipe: Recipe, on_right: bool) -> Tensor | None:
         """The product under ``recipe``, in the dtypes of the original."""
