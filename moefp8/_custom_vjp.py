@@ -50,6 +50,17 @@ def _function(
     )
 
 
+def _as_written(fn: Callable) -> Callable:
+    """``fn`` with autocast off: a recipe says what an operation computes in, and nothing else does."""
+
+    def run(static: Any, *args: Any) -> Any:
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return fn(static, *args)
+
+    return run
+
+
 def _refuse(name: str, why: str) -> Callable:
     """A derivative that raises NotImplementedError(``name: why``)."""
 
@@ -79,6 +90,7 @@ def custom_vjp(
         ``op(static, *operands) -> out`` that keeps ``bwd`` as its derivative under every transform
         in ``docs/transforms.md``. Second order and forward mode raise NotImplementedError.
     """
+    fwd, bwd = _as_written(fwd), _as_written(bwd)
     # vmap compares the structures of outputs, and autograd turns a list into a tuple on the way.
     no_second_order = _refuse(name, "second-order derivatives are not defined")
     backward_once = _function(name, lambda *args: tuple(bwd(*args)), no_second_order, no_second_order)

@@ -330,3 +330,21 @@ def test_rowwise_scales_differ_from_powers_of_two():
     a, b = torch.tensor([[3.0] + [1.1] * 31]), torch.eye(32)
     row = scaled_mm(a, b, recipe=FP8_ROWWISE)
     assert not torch.equal(row, scaled_mm(a, b, recipe=MXFP8))
+
+
+@pytest.mark.parametrize("recipe", [MXFP8, BF16], ids=["mxfp8", "bf16"])
+def test_autocast_changes_nothing(recipe):
+    """The recipe says what a product computes in: autocast casts neither its operands nor its insides."""
+    a, b, bias = randn(24, 48, seed=1), randn(48, 16, seed=2), randn(16, seed=3)
+
+    def both():
+        leaves = [x.clone().requires_grad_() for x in (a, b, bias)]
+        out = scaled_mm(leaves[0], leaves[1], bias=leaves[2], recipe=recipe)
+        return out, *torch.autograd.grad(out.sum(), leaves)
+
+    want = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = both()
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
