@@ -291,7 +291,7 @@ def config() -> Any:
 def test_wrong_arguments_of_the_flag():
     with pytest.raises(ValueError, match=r"recipe: expected one of 'mxfp8', .*, got 'mxpf8'"):
         build("deepseek_v3", "deepseek_v3_debugmodel", flag("mxpf8"))
-    with pytest.raises(ValueError, match=r"implementation: expected one of 'reference'.*, got 'tritn'"):
+    with pytest.raises(ValueError, match=r"implementation: expected one of .*'reference', got 'tritn'"):
         integration.experts(config(), implementation="tritn")
     with pytest.raises(TypeError, match="recipes"):
         build(
