@@ -1,6 +1,7 @@
 """The experts: SwiGLU feed-forward networks on rows sorted by expert, and the shared one on all rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,25 +82,24 @@ def expert_ffn(
         raise ValueError("params['w1']: expected a tensor of shape (E, H, D)")
     check_ffn(params, (params["w1"].shape[0],), x.shape[1], params["w1"].shape[1], recipe, "params")
 
-    def product(x: Tensor, i: int) -> Tensor:
-        weight, bias = params[f"w{i}"], params.get(f"b{i}")
-        return scaled_grouped_mm(
-            x, weight.mT, offs, bias=bias, recipe=recipe, implementation=implementation
-        )
-
-    return product(_swiglu(None, product(x, 1), product(x, 3)), 2)
+    product = partial(scaled_grouped_mm, offs=offs, recipe=recipe, implementation=implementation)
+    return _swiglu_ffn(params, x, product)
 
 
 def shared_ffn(
     params: Mapping[str, Any], x: Tensor, recipe: Recipe, implementation: str | Sequence[str] | None
 ) -> Tensor:
     """The same for the one expert that every token goes through."""
+    return _swiglu_ffn(params, x, partial(scaled_mm, recipe=recipe, implementation=implementation))
 
-    def product(x: Tensor, i: int) -> Tensor:
-        weight, bias = params[f"w{i}"], params.get(f"b{i}")
-        return scaled_mm(x, weight.mT, bias=bias, recipe=recipe, implementation=implementation)
 
-    return product(_swiglu(None, product(x, 1), product(x, 3)), 2)
+def _swiglu_ffn(params: Mapping[str, Any], x: Tensor, product: Callable[..., Tensor]) -> Tensor:
+    """The three products, each ``product(x, weight, bias=bias)``, and what lies between them."""
+
+    def linear(x: Tensor, i: int) -> Tensor:
+        return product(x, params[f"w{i}"].mT, bias=params.get(f"b{i}"))
+
+    return linear(_swiglu(None, linear(x, 1), linear(x, 3)), 2)
 
 
 def check_ffn(
