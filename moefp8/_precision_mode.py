@@ -261,9 +261,7 @@ class PrecisionMode(ReplayedMode):
         if left.dtype != right.dtype or (bias is not None and bias.dtype != left.dtype):
             return None
         self.check_recomputation(call)
-        # The arithmetic inside must not be cast again.
-        with torch.autocast(device, enabled=False):
-            return call.run(left, right, bias, on_right, How(recipe, self.implementation))
+        return call.run(left, right, bias, on_right, How(recipe, self.implementation))
 
     def keep(self, func: Any, args: Any, kwargs: Any, call: Call | None, why: str) -> Any:
         if self.recorder is None:
