@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moefp8 import Recipe, scaled_grouped_mm, scaled_mm
+from moefp8.kernels.sm90 import in_fp8
 from moefp8.recipe import PRESETS
 
 # --- group layouts -------------------------------------------------------------------------------
@@ -155,10 +156,8 @@ class Case(NamedTuple):
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the operands; on the GPU products in bfloat16 take no bias, and refuse one."""
-        in_fp8 = self.recipe.fwd.format == "row" or (
-            self.recipe.fwd.format == "mx" and self.recipe.fwd.group != 32
-        )
-        return self.op.shapes if self.backend == REFERENCE or in_fp8 else self.op.shapes[:2]
+        takes_bias = self.backend == REFERENCE or in_fp8(self.recipe.fwd)
+        return self.op.shapes if takes_bias else self.op.shapes[:2]
 
     def _grid(self, shape: Sequence[int], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

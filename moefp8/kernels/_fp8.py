@@ -49,11 +49,6 @@ def encoding(gemm: Gemm, device: torch.device) -> Encoding:
     return Encoding(rowwise, carry, fmt.emax, fmt.max, fmt.mantissa_bits, fmt.min_exponent, hardware)
 
 
-def scale_rule(gemm: Gemm) -> str:
-    """The rule of the reference quantiser for ``gemm``."""
-    return "fp32" if gemm.format == "row" else gemm.rule
-
-
 @triton.jit
 def magnitude_bits(x):
     """Bits of |x| for float32 ``x``, as int32."""

@@ -97,8 +97,6 @@ def _consume(
         group, column, _, _, _, _, steps, c_row, c_end = locate(
             t, shape, tiles, ends, CONTRACTION, TILE, COLUMNS, STEP, BAND
         )
-        # The scales arrive while the products run. Columns are kept one to a thread until used.
-        # A tile without steps multiplies nothing, and its scales may never have been written.
         c_row = c_row + WARPGROUP * ROWS
         row = c_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         mine = column + gl.arange(0, COLUMNS, one_each)
@@ -135,6 +133,8 @@ def _consume(
                 acc = acc + part
 
         if c_row < c_end:
+            # Loaded before the loop, to arrive while the products run, scales cost 3 to 4 % of the speed.
+            # A tile without steps multiplies nothing, and its scales may never have been written.
             sa = gl.load(a_scale + row, mask=row < gl.where(steps > 0, c_end, 0), other=0.0)
             sb = gl.load(
                 b_scale + group * columns + mine, mask=mine < gl.where(steps > 0, columns, 0), other=0.0

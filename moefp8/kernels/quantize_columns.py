@@ -27,10 +27,10 @@ from moefp8.kernels._fp8 import (
     encoding,
     magnitude_bits,
     scale_of,
-    scale_rule,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
+from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
 
 #: Columns to a tile: 128 bytes of a bf16 row, 4 sectors.

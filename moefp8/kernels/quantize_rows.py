@@ -34,9 +34,9 @@ from moefp8.kernels._fp8 import (
     encoding,
     magnitude_bits,
     scale_of,
-    scale_rule,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
 
 #: Longest row that is held in registers.

@@ -25,11 +25,15 @@ from moefp8.mx import MXArray
 from moefp8.recipe import HIGH_PRECISION, Gemm, Recipe
 
 
+def scale_rule(gemm: Gemm) -> str:
+    """Scale rule of the leaf operators for a quantising ``gemm``."""
+    return "fp32" if gemm.format == "row" else gemm.rule
+
+
 def _rule(gemm: Gemm) -> tuple[str, int]:
     """Scale rule and span of the leaf operators for a quantising ``gemm``."""
-    if gemm.format == "row":
-        return "fp32", -1
-    return gemm.rule, BLOCK if gemm.group is None else gemm.group
+    group = BLOCK if gemm.group is None else gemm.group
+    return scale_rule(gemm), -1 if gemm.format == "row" else group
 
 
 def high_precision(x: Tensor | MXArray) -> Tensor:

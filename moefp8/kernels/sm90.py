@@ -37,13 +37,13 @@ _INTERPRETED = triton.knobs.runtime.interpret
 # --- what can be served --------------------------------------------------------------------------
 
 
-def _in_fp8(gemm: Gemm) -> bool:
+def in_fp8(gemm: Gemm) -> bool:
     """Multiplied by the FP8 tensor core; the rest goes through bfloat16."""
     return gemm.format == "row" or (gemm.format == "mx" and gemm.group in (None, -1))
 
 
 def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) -> str | None:
-    if _in_fp8(gemm):
+    if in_fp8(gemm):
         if gemm.promote % 128:
             return f"recipe.{name}.promote: accumulators are promoted in steps of 128, got {gemm.promote}"
         return None
@@ -72,7 +72,7 @@ def refuse(request: Request) -> str | None:
         return f"takes bfloat16, float16 and float32, got {operands} to {request.out_dtype}"
     if request.a_group not in (None, -1):
         return f"a: its scales must span K (group=-1), got group={request.a_group}"
-    if request.a_group is not None and not _in_fp8(recipe.fwd):
+    if request.a_group is not None and not in_fp8(recipe.fwd):
         return "a: is quantised, but recipe.fwd does not multiply in FP8 with scales that span K"
     if request.form == "contraction":
         sizes = request.a_shape[0], request.b_shape[1]
@@ -80,7 +80,7 @@ def refuse(request: Request) -> str | None:
         sizes = request.b_shape[-2], request.b_shape[-1]
     if any(n == 0 or n % 16 or n > MAX_COLUMNS for n in sizes):
         return f"needs the axes that are not grouped in multiples of 16 up to {MAX_COLUMNS}, got {sizes}"
-    if request.has_bias and not _in_fp8(recipe.fwd):
+    if request.has_bias and not in_fp8(recipe.fwd):
         return "bias: is added in the epilogue of the FP8 product, and recipe.fwd has none"
     high = a_dtype if request.a_group is None else torch.float32
     refusals = (
@@ -99,6 +99,18 @@ def _equal_groups(num_groups: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(1, num_groups + 1, dtype=torch.int32, device=device) * rows
 
 
+def _is_transposed(x: Tensor) -> bool:
+    """Whether the last axis but one is the contiguous one, as in a view of the transpose."""
+    return x.stride(-2) == 1 and x.stride(-1) != 1
+
+
+def _as_stored(b: Tensor) -> tuple[Tensor, Plan]:
+    """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows."""
+    stored = (b.mT if _is_transposed(b) else b).contiguous()
+    num_groups, rows, _ = stored.shape
+    return stored, plan(_equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
+
+
 def _quantize_weights(
     b: Tensor, along_k: Gemm | None, along_n: Gemm | None
 ) -> tuple[Weights | None, Weights | None]:
@@ -109,29 +121,23 @@ def _quantize_weights(
     """
     if along_k is None and along_n is None:
         return None, None
-    k_last = b.stride(-2) == 1 and b.stride(-1) != 1
-    memory = (b.mT if k_last else b).contiguous()
-    num_groups, rows, columns = memory.shape
-    last, across = (along_k, along_n) if k_last else (along_n, along_k)
-    flat = memory.view(num_groups * rows, columns)
-    layout = plan(_equal_groups(num_groups, rows, b.device), flat.shape[0], SEGMENT)
+    stored, layout = _as_stored(b)
+    flat = stored.flatten(0, 1)
+    last, across = (along_k, along_n) if _is_transposed(b) else (along_n, along_k)
     by_row = quantize_rows(flat, layout, last or across or Gemm(), column_amax=across is not None)
-    one = Weights(by_row.data, by_row.scale.view(num_groups, rows)) if last else None
+    one = Weights(by_row.data, by_row.scale.view(stored.shape[:2])) if last else None
     other = Weights(*quantize_columns(flat, layout, by_row, across)) if across else None
-    return (one, other) if k_last else (other, one)
+    return (one, other) if _is_transposed(b) else (other, one)
 
 
 def _exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
     """``b`` (G, K, N) rounded to 32-element blocks along ``axis``, in bfloat16, its memory order kept."""
     if gemm.format == "none":
         return b
-    k_last = b.stride(-2) == 1 and b.stride(-1) != 1
-    memory = (b.mT if k_last else b).contiguous()
-    num_groups, rows, columns = memory.shape
-    layout = plan(_equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
-    axis = -3 - axis if k_last else axis
-    rounded = fake_quantize(memory.view(-1, columns), layout, axis, gemm).view(memory.shape)
-    return rounded.mT if k_last else rounded
+    stored, layout = _as_stored(b)
+    axis = -3 - axis if _is_transposed(b) else axis
+    rounded = fake_quantize(stored.flatten(0, 1), layout, axis, gemm).view(stored.shape)
+    return rounded.mT if _is_transposed(b) else rounded
 
 
 def _exact(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
@@ -153,22 +159,20 @@ def rows_forward(
     """The product, and what the backward will not have to work out again."""
     fwd, dgrad, wgrad = recipe
     layout = plan(offs, a.shape[0], tile_rows(a.device))
-    along_k, along_n = _quantize_weights(
-        b, fwd if _in_fp8(fwd) else None, dgrad if _in_fp8(dgrad) else None
-    )
+    along_k, along_n = _quantize_weights(b, fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None)
     none = offs.new_empty(0)
-    rows = RowQuantized(none, none, none, none)
+    by_row = RowQuantized(none, none, none, none)
     if isinstance(a, MXArray):
-        rows = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
-    elif _in_fp8(fwd) or _in_fp8(wgrad):
-        rows = quantize_rows(a, layout, fwd if _in_fp8(fwd) else wgrad, column_amax=_in_fp8(wgrad))
+        by_row = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
+    elif in_fp8(fwd) or in_fp8(wgrad):
+        by_row = quantize_rows(a, layout, fwd if in_fp8(fwd) else wgrad, column_amax=in_fp8(wgrad))
     if along_k is not None:
-        out = gemm_rows(rows.data, rows.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
+        out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
         exact = _exact(high_precision(a), layout, -1, fwd)
         out = high_precision_rows(exact, _exact_weights(b, fwd, -2), offs)
     kept = along_n or Weights(none, none)
-    return out, (*layout, rows.column_amax, rows.poisoned, *kept)
+    return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
 
 
 def rows_backward(
@@ -186,20 +190,20 @@ def rows_backward(
     layout, amax, poisoned, along_n = Plan(*kept[:3]), kept[3], kept[4], Weights(*kept[5:])
     da = db = None
     by_row = None
-    if (needed[0] and _in_fp8(dgrad)) or (needed[1] and _in_fp8(wgrad)):
-        with_amax = needed[1] and _in_fp8(wgrad)
-        by_row = quantize_rows(g, layout, dgrad if _in_fp8(dgrad) else wgrad, column_amax=with_amax)
+    if (needed[0] and in_fp8(dgrad)) or (needed[1] and in_fp8(wgrad)):
+        with_amax = needed[1] and in_fp8(wgrad)
+        by_row = quantize_rows(g, layout, dgrad if in_fp8(dgrad) else wgrad, column_amax=with_amax)
     if needed[0]:
-        if by_row is not None and _in_fp8(dgrad):
+        if by_row is not None and in_fp8(dgrad):
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
             da = high_precision_rows(_exact(g, layout, -1, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
         x = high_precision(a)
-        if isinstance(a, MXArray) and _in_fp8(wgrad):  # quantised along K only: once more, along M
+        if isinstance(a, MXArray) and in_fp8(wgrad):  # quantised along K only: once more, along M
             by_row_a = quantize_rows(x, layout, wgrad, column_amax=True)
-        if by_row is not None and _in_fp8(wgrad):
+        if by_row is not None and in_fp8(wgrad):
             left = quantize_columns(x, layout, by_row_a, wgrad)
             right = quantize_columns(g, layout, by_row, wgrad)
             db = _contract(left, right, layout.ends, dtypes[1], wgrad, b)
@@ -214,7 +218,7 @@ def _contract(
     dtype: torch.dtype, gemm: Gemm, like: Tensor,
 ) -> Tensor:  # fmt: skip
     """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
-    if like.stride(-2) == 1 and like.stride(-1) != 1:
+    if _is_transposed(like):
         return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
     return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
 
@@ -234,7 +238,7 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
     """See ``reference.contraction``."""
     left, right = a.mT, b  # (T, M) and (T, N), rows grouped
     layout = plan(offs, b.shape[0], tile_rows(b.device))
-    if _in_fp8(gemm):
+    if in_fp8(gemm):
         copies = []
         for x in (left, right):
             by_row = quantize_rows(x, layout, gemm, column_amax=True)
@@ -252,11 +256,10 @@ def dense(
         a = MXArray(a.data[None], a.scale[None], a.axis, a.group) if isinstance(a, MXArray) else a[None]
         return dense(a, b[None], bias, gemm, out_dtype)[0]
     num_groups, m, k = a.shape
-    if not isinstance(a, MXArray) and a.stride(-2) == 1 and a.stride(-1) != 1:
+    if not isinstance(a, MXArray) and bias is None and _is_transposed(a):
         # The contraction runs down the rows of a^T in memory: the other form reads it as it lies.
         tall, wide = a.mT.reshape(-1, m), b.reshape(-1, b.shape[-1])
-        if bias is None:
-            return contraction(tall.mT, wide, _equal_groups(num_groups, k, b.device), gemm, out_dtype)
+        return contraction(tall.mT, wide, _equal_groups(num_groups, k, b.device), gemm, out_dtype)
     offs = _equal_groups(num_groups, m, b.device)
     flat: Tensor | MXArray
     if isinstance(a, MXArray):
