@@ -14,7 +14,7 @@ def test_backward_is_the_formula(case):
         want = oracle.contraction_vjp(*operands, case.offs.cpu(), g, case.recipe)[1:]
     else:
         want = oracle.dense_vjp(*operands, g, case.recipe)[1:]
-    for got, product in zip(case.eager(*case.operands()), want, strict=False):
+    for got, product in zip(case.eager(*case.operands()), want[: len(case.argnums)], strict=True):
         product.check(got.cpu())
 
 
