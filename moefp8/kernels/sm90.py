@@ -19,9 +19,14 @@ from torch import Tensor
 from moefp8._dispatch import Implementation, Request
 from moefp8.formats import BLOCK, decode_scale
 from moefp8.kernels.fake_quantize import fake_quantize
+from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
-from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
+from moefp8.kernels.high_precision import (
+    high_precision_contraction,
+    high_precision_rows,
+    pad_segments,
+)
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
@@ -140,9 +145,16 @@ def _exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
     return rounded.mT if _is_transposed(b) else rounded
 
 
-def _exact(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
-    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
-    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
+def _exact(x: Tensor, layout: Plan, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along K, or as it is."""
+    return x if gemm.format == "none" else fake_quantize(x, layout, -1, gemm)
+
+
+def _exact_segments(x: Tensor, layout: Plan, gemm: Gemm) -> Tensor:
+    """The same to contract over the rows of each group, which move into segments."""
+    if gemm.format == "none":
+        return pad_segments(x, layout)
+    return fake_quantize(x, layout, -2, gemm, padded=True)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -155,12 +167,20 @@ def rows_forward(
     bias: Tensor | None,
     recipe: Recipe,
     out_dtype: torch.dtype,
+    prepared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The product, and what the backward will not have to work out again."""
     fwd, dgrad, wgrad = recipe
     layout = plan(offs, a.shape[0], tile_rows(a.device))
-    along_k, along_n = _quantize_weights(b, fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None)
     none = offs.new_empty(0)
+    in_products = fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None
+    along_k: Weights | None
+    along_n: Weights | None
+    if prepared:
+        copies = Weights(*prepared[:2]), Weights(*prepared[2:])
+        along_k, along_n = (copy if gemm else None for copy, gemm in zip(copies, in_products, strict=True))
+    else:
+        along_k, along_n = _quantize_weights(b, *in_products)
     by_row = RowQuantized(none, none, none, none)
     if isinstance(a, MXArray):
         by_row = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
@@ -169,7 +189,7 @@ def rows_forward(
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        exact = _exact(high_precision(a), layout, -1, fwd)
+        exact = _exact(high_precision(a), layout, fwd)
         out = high_precision_rows(exact, _exact_weights(b, fwd, -2), offs)
     kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
@@ -197,7 +217,7 @@ def rows_backward(
         if by_row is not None and in_fp8(dgrad):
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
-            da = high_precision_rows(_exact(g, layout, -1, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
+            da = high_precision_rows(_exact(g, layout, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
         x = high_precision(a)
@@ -208,8 +228,8 @@ def rows_backward(
             right = quantize_columns(g, layout, by_row, wgrad)
             db = _contract(left, right, layout.ends, dtypes[1], wgrad, b)
         else:
-            exact = _exact(x, layout, -2, wgrad)
-            db = high_precision_contraction(exact.mT, _exact(g, layout, -2, wgrad), offs)
+            left, right = _exact_segments(x, layout, wgrad), _exact_segments(g, layout, wgrad)
+            db = high_precision_contraction(left.mT, right, layout.ends)
     return da, db
 
 
@@ -221,6 +241,14 @@ def _contract(
     if _is_transposed(like):
         return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
     return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
+
+
+def quantize_weights(w: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """Codes and scales of ``w`` (G, N, K) along K and along N; empty where a product is not in FP8."""
+    fwd, dgrad, _ = recipe
+    none = w.new_empty(0)
+    copies = _quantize_weights(w.mT, fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None)
+    return tuple(x for copy in copies for x in copy or (none, none))
 
 
 # --- the three products --------------------------------------------------------------------------
@@ -244,8 +272,8 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
             by_row = quantize_rows(x, layout, gemm, column_amax=True)
             copies.append(quantize_columns(x, layout, by_row, gemm))
         return gemm_contraction(*copies[0], *copies[1], layout.ends, out_dtype, gemm.promote)
-    exact = _exact(left, layout, -2, gemm), _exact(right, layout, -2, gemm)
-    return high_precision_contraction(exact[0].mT, exact[1], offs)
+    left, right = _exact_segments(left, layout, gemm), _exact_segments(right, layout, gemm)
+    return high_precision_contraction(left.mT, right, layout.ends)
 
 
 def dense(
@@ -271,6 +299,18 @@ def dense(
     return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
 
 
+_FFN = compose(rows_forward, rows_backward, group_sum)
+
 IMPLEMENTATION = Implementation(
-    "triton", refuse, rows, contraction, dense, group_sum, rows_forward, rows_backward
+    name="triton",
+    refuse=refuse,
+    rows=rows,
+    contraction=contraction,
+    dense=dense,
+    group_sum=group_sum,
+    rows_forward=rows_forward,
+    rows_backward=rows_backward,
+    ffn_forward=_FFN.forward,
+    ffn_backward=_FFN.backward,
+    quantize_weights=quantize_weights,
 )
