@@ -132,7 +132,7 @@ def test_a_lost_device_ends_the_run_with_what_there_is(
     def lost(self: timing.Timer, *rest: object) -> timing.Timings:
         raise timing.DeviceLostError("a peer left the device unusable: illegal access")
 
-    args = "quantize --device cpu --shape 64,32,32 --shape 32,32,32 --repeats 1 --json"
+    args = "quantize --device cpu --shape 64,32,32 --shape 32,32,32 --repeats 1 --without moefp8 --json"
     once = timing.Timer.alternate
     turns = iter([once, lost])
     monkeypatch.setattr(timing.Timer, "alternate", lambda *args: next(turns)(*args))
@@ -302,10 +302,13 @@ def test_distributions_are_finite_and_drawn_from_the_generator(name: str) -> Non
 
 
 def test_bytes_of_a_quantiser() -> None:
-    inputs = quantize.Inputs(torch.zeros(64, 32), torch.zeros(2, 32, 32), torch.tensor([64]))
+    inputs = quantize.Inputs(
+        torch.zeros(64, 32), torch.zeros(64, 48), torch.zeros(2, 48, 32), torch.tensor([64])
+    )
     bytes_of = {q.name: q.bytes_moved(inputs) for q in quantize.OURS}
-    assert bytes_of["moefp8 rows, mx 32"] == 64 * 32 * (2 + 1) + 64
-    assert bytes_of["moefp8 weights both ways, mx whole"] == 2 * 32 * 32 * (2 + 1 + 1)
+    assert bytes_of["moefp8 rows of cotangent, mx"] == 64 * 48 * (2 + 1)
+    assert bytes_of["moefp8 weights both ways, mx"] == 2 * 48 * 32 * 2 * (2 + 1)
+    assert bytes_of["moefp8 reference rows, mx 32"] == 64 * 32 * (2 + 1) + 64
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -339,20 +342,22 @@ def test_grouped_mm_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_quantize_command(tmp_path: Path) -> None:
-    args = "quantize --device cpu --shape 64,32,32 --groups 2 --repeats 2"
+    args = "quantize --device cpu --shape 64,32,32 --groups 2 --repeats 1 --without rowwise --without cotangent"
     main([*args.split(), "--json", str(tmp_path / "q.json"), "--png", str(tmp_path / "q.png")])
     rows = written(tmp_path / "q.json")["rows"]
     ours = [row for row in rows if row["candidate"].startswith("moefp8")]
-    assert len(ours) == len(quantize.OURS)
+    assert len(ours) == 4 + len(quantize.REFERENCE)
     assert all(row["copy_share"] > 0 for row in ours)
     assert is_png(tmp_path / "q.png")
 
 
 def test_accumulation_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    args = "accumulation --device cpu --contraction 64 --size 32 --recipe mxfp8 --promote 64"
+    args = "accumulation --device cpu --contraction 64 --size 32 --recipe mxfp8 --promote 64 --repeats 1"
+    args += " --intervals 128 never --shape 128,64,32,1 --without torchao"
     main([*args.split(), "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")])
     rows = written(tmp_path / "a.json")["rows"]
     sqnr = {(r["candidate"], r["setting"], r["product"]): r["value"] for r in rows if r["kind"] == "sqnr"}
+    assert {r["promote"] for r in rows if r["kind"] == "promotion"} == {None, 128, problem.NEVER}
     for setting in accumulation.DISTRIBUTIONS:
         for product in accumulation.PRODUCTS:
             # The reference's own span is 32: its MXFP8 is true MX to the bit, whatever the promotion.
@@ -360,6 +365,7 @@ def test_accumulation_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
             assert sqnr["moefp8 mxfp8, promote=64", setting, product] == true
     assert is_png(tmp_path / "a.png")
     assert is_png(tmp_path / "a-sqnr.png")
+    assert is_png(tmp_path / "a-promotion.png")
     assert "lognormal" in capsys.readouterr().out
 
 
@@ -384,9 +390,9 @@ def test_wrong_arguments(args: str, message: str, capsys: pytest.CaptureFixture)
     assert message in capsys.readouterr().err
 
 
-def test_groups_need_a_shape() -> None:
-    with pytest.raises(SystemExit, match="--groups: needs a --shape"):
-        main(["quantize", "--device", "cpu", "--groups", "4"])
+def test_groups_of_no_published_shape() -> None:
+    with pytest.raises(SystemExit, match=r"the published shapes have \[4\]; others need a --shape"):
+        main(["quantize", "--device", "cpu", "--groups", "3"])
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
@@ -399,7 +405,7 @@ def test_bare_products_compute_the_product(name: str) -> None:
     that promotion every 128 may lose; fast sums of 256 terms lose 256 2^-13 at most."""
     device = torch.device("cuda")
     one = problem.Problem(256, 256, 256, 1)
-    case = candidates.make_case(one, accumulation._positive(one, device), True)
+    case = candidates.make_case(one, accumulation.positive_operands(one, device), True)
     outcome = run.start(next(c for c in peers.peers() if c.name == name), case, timing.Timer(device))
     assert outcome.reason is None
     bound = 2**-9 + (1e-3 if "precise" in name else 256 * 2**-13)

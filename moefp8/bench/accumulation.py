@@ -68,7 +68,7 @@ def _representable(rows: int, columns: int, generator: torch.Generator) -> Tenso
     return x
 
 
-def _positive(problem: Problem, device: torch.device) -> Operands:
+def positive_operands(problem: Problem, device: torch.device) -> Operands:
     generator = torch.Generator(device).manual_seed(0)
     m, k, n, _ = problem
     return Operands(
@@ -131,7 +131,7 @@ def _distributed(problem: Problem, distribution: str, device: torch.device) -> O
 # --- measurements --------------------------------------------------------------------------------
 
 
-def _exact(operands: Operands, product: str) -> Tensor:
+def exact_product(operands: Operands, product: str) -> Tensor:
     """The product of the operands as they are, in float64; one group."""
     a, b, g = (x.detach().double() for x in (operands.a, operands.b[0], operands.cotangent))
     return {"fwd": lambda: a @ b, "dgrad": lambda: g @ b.T, "wgrad": lambda: a.T @ g}[product]()
@@ -163,8 +163,8 @@ def measure_bias(
     rows = []
     for product in PRODUCTS:
         problem = bias_problem(product, contraction, other)
-        case = make_case(problem, _positive(problem, timer.device), backward=True)
-        exact = _exact(case.operands, product)
+        case = make_case(problem, positive_operands(problem, timer.device), backward=True)
+        exact = exact_product(case.operands, product)
         for candidate in candidates:
             results, reason = _results(candidate, case, timer)
             bias = None
@@ -185,7 +185,7 @@ def measure_sqnr(
     """Signal to quantisation noise of each candidate's three products on one distribution."""
     rows = []
     case = make_case(problem, _distributed(problem, distribution, timer.device), backward=True)
-    exact = {product: _exact(case.operands, product) for product in PRODUCTS}
+    exact = {product: exact_product(case.operands, product) for product in PRODUCTS}
     for candidate in candidates:
         results, reason = _results(candidate, case, timer)
         for product in PRODUCTS:

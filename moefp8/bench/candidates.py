@@ -1,6 +1,5 @@
 """What is measured: this library under each recipe and, in ``peers.py``, everything beside it."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from moefp8 import scaled_grouped_mm
 from moefp8._operands import prepare
-from moefp8.bench.problem import Operands, Problem
+from moefp8.bench.problem import Operands, Problem, common_multiple
 from moefp8.bench.refusals import REFUSALS, explain
 from moefp8.recipe import PRESETS, Recipe
 
@@ -36,9 +35,7 @@ class Case(NamedTuple):
 
 
 def make_case(problem: Problem, operands: Operands, backward: bool) -> Case:
-    ends = operands.offs.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return Case(problem, operands, math.gcd(*sizes), backward)
+    return Case(problem, operands, common_multiple(operands.offs), backward)
 
 
 class Candidate(NamedTuple):
@@ -50,6 +47,7 @@ class Candidate(NamedTuple):
         refuse: why it cannot run a case, or None.
         fp8: whether it quantises, for the count of bytes.
         whole: False if the step leaves out work that training needs, such as quantising.
+        tunes: whether its first call at a shape may take minutes, so that it is made apart first.
     """
 
     name: str
@@ -57,6 +55,7 @@ class Candidate(NamedTuple):
     refuse: Callable[[Case], str | None] = lambda case: None
     fp8: bool = True
     whole: bool = True
+    tunes: bool = False
 
 
 def differentiable(

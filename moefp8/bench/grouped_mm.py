@@ -34,6 +34,10 @@ class Row(NamedTuple):
     missing: str | None
     figures: dict[str, float]
 
+    @property
+    def place(self) -> str:
+        return f"{self.problem}, {self.layout} groups"
+
     def as_json(self) -> dict[str, Any]:
         row = {**self._asdict(), "problem": self.problem._asdict()}
         return {**{k: v for k, v in row.items() if k != "figures"}, **self.figures}

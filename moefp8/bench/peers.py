@@ -6,28 +6,33 @@ as three bare products, which is a lower limit for whatever is built on them.
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moefp8.bench.apart import TUNING_CACHE
 from moefp8.bench.candidates import Candidate, Case, Results, differentiable
 from moefp8.bench.ceilings import fp8_mm, no_fp8
 
 BASELINE = "torch bf16"
+#: Accumulators of FP8 products: added up in float32 every 128 of the contraction, or never.
+PRECISE, FAST = "precise", "fast"
 
 
 def peers() -> list[Candidate]:
     """The baseline first, then every peer there could be; each says itself why it cannot run."""
     return [
         Candidate(BASELINE, lambda case: differentiable(_torch_bf16, case), fp8=False),
-        Candidate("torchao fp8 rowwise", _torchao_rowwise, _refuse_torchao_rowwise),
-        Candidate("torchao mxfp8", _torchao_mx("AUTO"), _refuse_torchao_mx),
+        # It tunes 36 forms of one kernel, 8 of another, at every new number of rows and groups.
+        Candidate("torchao fp8 rowwise", _torchao_rowwise, _refuse_torchao_rowwise, tunes=True),
+        Candidate("torchao mxfp8", _torchao_mx("AUTO"), _refuse_torchao_mx, tunes=True),
         Candidate("torchao mxfp8 emulated", _torchao_mx("EMULATED"), _refuse_torchao_emulated),
         *(
             Candidate(
-                f"torch fp8 products, {'fast' if fast else 'precise'}",
+                f"torch fp8 products, {FAST if fast else PRECISE}",
                 functools.partial(_torch_products, fast),
                 _refuse_torch_products,
                 whole=False,
@@ -36,7 +41,7 @@ def peers() -> list[Candidate]:
         ),
         *(
             Candidate(
-                f"cuBLAS fp8 dense, {'fast' if fast else 'precise'}",
+                f"cuBLAS fp8 dense, {FAST if fast else PRECISE}",
                 functools.partial(_dense_products, fast),
                 _refuse_dense_products,
                 whole=False,
@@ -53,7 +58,7 @@ def _torch_bf16(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 # --- torch and cuBLAS: bare products of quantised operands ---------------------------------------
 
 
-def _fp8(x: Tensor) -> Tensor:
+def to_fp8(x: Tensor) -> Tensor:
     """Cast with a scale of 1; the operands of a problem lie well inside E4M3's range."""
     return x.detach().contiguous().to(torch.float8_e4m3fn)
 
@@ -63,9 +68,9 @@ def _torch_products(fast: bool, case: Case) -> Callable[[], Results]:
     m, k, n, groups = case.problem
     a, b, offs, g = case.operands
     # The left operand is row-major, the right one column-major: both K-major, as Hopper wants them.
-    a_rows, b_columns = _fp8(a), _fp8(b.mT).mT
-    g_rows, bt_columns = _fp8(g), _fp8(b).mT
-    at, gt = _fp8(a.T), _fp8(g.T)
+    a_rows, b_columns = to_fp8(a), to_fp8(b.mT).mT
+    g_rows, bt_columns = to_fp8(g), to_fp8(b).mT
+    at, gt = to_fp8(a.T), to_fp8(g.T)
 
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, device=a.device)
@@ -87,7 +92,7 @@ def _torch_products(fast: bool, case: Case) -> Callable[[], Results]:
 
 
 def _refuse_torch_products(case: Case) -> str | None:
-    if reason := _no_sm90(case):
+    if reason := no_sm90(case.device):
         return reason
     return _unaligned(case, 16)
 
@@ -95,9 +100,9 @@ def _refuse_torch_products(case: Case) -> str | None:
 def _dense_products(fast: bool, case: Case) -> Callable[[], Results]:
     """As many operations in three dense cuBLAS products; not the grouped product's values if G > 1."""
     a, b, _, g = case.operands
-    a_rows, b_columns = _fp8(a), _fp8(b[0].mT).mT
-    g_rows, bt_columns = _fp8(g), _fp8(b[0]).mT
-    at, gt = _fp8(a.T), _fp8(g.T)
+    a_rows, b_columns = to_fp8(a), to_fp8(b[0].mT).mT
+    g_rows, bt_columns = to_fp8(g), to_fp8(b[0]).mT
+    at, gt = to_fp8(a.T), to_fp8(g.T)
 
     def step() -> Results:
         out = fp8_mm(a_rows, b_columns, fast=fast)
@@ -117,10 +122,10 @@ def _refuse_dense_products(case: Case) -> str | None:
     return None
 
 
-def _no_sm90(case: Case) -> str | None:
-    if case.device.type != "cuda":
+def no_sm90(device: torch.device) -> str | None:
+    if device.type != "cuda":
         return "needs a CUDA device"
-    capability = torch.cuda.get_device_capability(case.device)
+    capability = torch.cuda.get_device_capability(device)
     return None if capability >= (9, 0) else f"needs compute capability 9.0, this is {capability}"
 
 
@@ -140,6 +145,7 @@ def _unaligned(case: Case, multiple: int) -> str | None:
 @functools.cache
 def import_or_error(name: str) -> Any:
     """The module, or the ImportError that says why there is none."""
+    os.environ.setdefault(TUNING_CACHE, "1")  # what a peer tuned apart is not tuned again here
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -162,7 +168,7 @@ def _torchao_rowwise(case: Case) -> Callable[[], Results]:
 
 
 def _refuse_torchao_rowwise(case: Case) -> str | None:
-    return no_torchao() or _no_sm90(case) or _unaligned(case, 16)
+    return no_torchao() or no_sm90(case.device) or _unaligned(case, 16)
 
 
 def _torchao_mx(preference: str) -> Callable[[Case], Callable[[], Results]]:

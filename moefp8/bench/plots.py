@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: a benchmark runs where there is no display
 
-from moefp8.bench import accumulation, grouped_mm, quantize
+from moefp8.bench import accumulation, gemm, grouped_mm, quantize
+from moefp8.bench import promotion as promotion_
 from moefp8.bench.ceilings import Ceilings
 from moefp8.bench.peers import BASELINE
 from moefp8.bench.problem import Problem
@@ -130,3 +131,44 @@ def accuracy(path: Path, rows: Sequence[accumulation.Row], kind: str) -> Path:
     if kind == "sqnr":
         return _bars(path, places, series, "output SQNR, dB", ".1f")
     return _bars(path, places, series, "results too small by, %", ".2g", threshold=1e-2)
+
+
+def products(path: Path, rows: Sequence[gemm.Row]) -> Path:
+    """Speed of the product alone over dense cuBLAS FP8, or its rate where there is no cuBLAS FP8."""
+    own = "over_precise" if any("over_precise" in row.figures for row in rows) else "rate"
+    at: dict[tuple[Problem, str], dict[str, float]] = {}
+    for row in rows:
+        if own in row.figures:
+            at.setdefault((row.problem, row.product), {})[row.candidate] = row.figures[own]
+    names = dict.fromkeys(name for place in at.values() for name in place)
+    factor = 1.0 if own == "over_precise" else 1e-12
+    series = {n: [factor * place.get(n, math.nan) for place in at.values()] for n in names}
+    places = [f"{product}\n{_label(problem, 'equal')}" for problem, product in at]
+    label = "speed over cuBLAS FP8, precise" if own == "over_precise" else "TFLOP/s"
+    return _bars(path, places, series, label, ".2f")
+
+
+def promotion(path: Path, rows: Sequence[promotion_.Row]) -> Path:
+    """Speed against bias, a point for every interval and a line for every product; cuBLAS beside them."""
+    figure, axes = _axes(7.0, 4.6)
+    own = "over_precise" if any("over_precise" in row.figures for row in rows) else "rate"
+    for colour, product in zip(("C0", "C1", "C2"), accumulation.PRODUCTS, strict=True):
+        mine = [r for r in rows if r.product == product and own in r.figures and r.bias]
+        for ours in (True, False):
+            part = [r for r in mine if (r.promote is not None) == ours and r.candidate != gemm.BF16]
+            if not part:
+                continue
+            x = [max(100.0 * abs(r.bias[max(r.bias)]), 1e-3) for r in part]
+            y = [r.figures[own] for r in part]
+            label = product if ours else f"{product}, others"
+            axes.plot(x, y, "o-" if ours else "x", color=colour, label=label, markersize=5)
+            for row, at_x, at_y in zip(part, x, y, strict=True):
+                text = row.candidate.removeprefix("moefp8, ")
+                axes.annotate(text, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.3)
+    longest = max((length for row in rows for length in row.bias), default=0)
+    axes.set_xlabel(f"|bias| at a contraction of {longest}, % (positive data; 0.001 or less at the left)")
+    axes.set_ylabel("speed over cuBLAS FP8, precise" if own == "over_precise" else "FLOP/s")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return _save(figure, path)

@@ -1,11 +1,15 @@
 """One grouped product as a problem to measure: its shape, its operands, its operations and bytes."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moefp8.groups import generate_jagged_offs
+
+#: A promotion interval longer than any contraction.
+NEVER = 2**30
 
 
 class Problem(NamedTuple):
@@ -86,6 +90,12 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Operands:
         offs=equal_offs(problem, device),
         cotangent=normal(m, n),
     )
+
+
+def common_multiple(offs: Tensor) -> int:
+    """Largest number that divides every group size."""
+    ends = offs.tolist()
+    return math.gcd(*(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)))
 
 
 def equal_offs(problem: Problem, device: torch.device) -> Tensor:

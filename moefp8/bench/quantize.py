@@ -1,7 +1,9 @@
-"""The quantisers beside a copy: each reads bfloat16 once and writes FP8 and scales, and no more.
+"""The quantisers beside a copy: each reads bfloat16 and writes FP8 and scales.
 
-The share of the copy speed counts only the bytes a perfect quantiser moves, so one that reads its
-input twice shows a smaller share.
+The share of the copy speed counts the least bytes that such a quantiser must move. One scale for a
+whole row is found while the row is in registers: 2 bytes read and 1 written an element. Scales for
+whole columns take the column maxima, gathered by whoever read the tensor before. Weights both ways
+are both of these, one after the other: 6 bytes.
 """
 
 import statistics
@@ -13,19 +15,23 @@ import torch
 from torch import Tensor
 
 from moefp8 import quantize_mx, quantize_mx_jagged
+from moefp8.bench.apart import call_apart
 from moefp8.bench.ceilings import copy_step
+from moefp8.bench.kernels import expert_ends, no_kernels
 from moefp8.bench.peers import import_or_error, no_torchao
 from moefp8.bench.problem import Problem, equal_offs, unequal_offs
 from moefp8.bench.refusals import explain, may_raise
 from moefp8.bench.timing import Step, Timer, summary
+from moefp8.recipe import Gemm
 
 COPY = "copy"
 
 
 class Inputs(NamedTuple):
-    """An activation (M, K) with its groups, and expert weights (G, N, K)."""
+    """An activation (M, K) and an output cotangent (M, N) with their groups, and weights (G, N, K)."""
 
     activation: Tensor
+    cotangent: Tensor
     weight: Tensor
     offs: Tensor
 
@@ -35,43 +41,115 @@ class Quantiser(NamedTuple):
 
     Attributes:
         name: as it stands in tables.
-        run: the call to time.
+        prepare: makes the call to time; what it does itself is not timed.
         refuse: why it cannot run, or None.
         group: elements that share a scale, -1 for the whole contraction: too few scales to count.
-        source: "activation" or "weight".
-        copies: quantised copies that it writes.
+        source: a field of :class:`Inputs`.
+        copies: quantised copies that it writes, for each of which it reads its input.
+        tunes: whether its first call at a shape may take minutes, so that it is made apart first.
     """
 
     name: str
-    run: Callable[[Inputs], Any]
+    prepare: Callable[[Inputs], Step]
     refuse: Callable[[torch.device], str | None] = lambda device: None
     group: int = -1
     source: str = "activation"
     copies: int = 1
+    tunes: bool = False
 
     def bytes_moved(self, inputs: Inputs) -> int:
-        """bfloat16 read once, each copy and its scales written once."""
+        """bfloat16 read, and a copy and its scales written, once for each copy."""
         elements: int = getattr(inputs, self.source).numel()
         scales = 0 if self.group < 0 else -(-elements // self.group)  # E8M0: a byte each
-        return 2 * elements + self.copies * (elements + scales)
+        return self.copies * (3 * elements + scales)
 
 
-OURS = [
-    Quantiser("moefp8 rows, mx 32", lambda x: quantize_mx(x.activation), group=32),
-    Quantiser("moefp8 rows, mx whole", lambda x: quantize_mx(x.activation, group=-1)),
-    Quantiser(
-        "moefp8 columns per group, mx 32", lambda x: quantize_mx_jagged(x.activation, x.offs), group=32
-    ),
-    Quantiser(
-        "moefp8 columns per group, mx whole", lambda x: quantize_mx_jagged(x.activation, x.offs, group=-1)
-    ),
-    Quantiser(
-        "moefp8 weights both ways, mx whole",
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def _rows(source: str, gemm: Gemm, column_amax: bool, x: Inputs) -> Step:
+    from moefp8.kernels.gemm import tile_rows
+    from moefp8.kernels.plan import plan
+    from moefp8.kernels.quantize_rows import quantize_rows
+
+    tensor = getattr(x, source)
+    layout = plan(x.offs, tensor.shape[0], tile_rows(tensor.device))
+    return lambda: quantize_rows(tensor, layout, gemm, column_amax=column_amax)
+
+
+def _columns(source: str, gemm: Gemm, x: Inputs) -> Step:
+    from moefp8.kernels.gemm import tile_rows
+    from moefp8.kernels.plan import plan
+    from moefp8.kernels.quantize_columns import quantize_columns
+    from moefp8.kernels.quantize_rows import quantize_rows
+
+    tensor = getattr(x, source)
+    layout = plan(x.offs, tensor.shape[0], tile_rows(tensor.device))
+    by_row = quantize_rows(tensor, layout, gemm, column_amax=True)
+    return lambda: quantize_columns(tensor, layout, by_row, gemm)
+
+
+def _weights(gemm: Gemm, x: Inputs) -> Step:
+    from moefp8.kernels.gemm import tile_rows
+    from moefp8.kernels.plan import plan
+    from moefp8.kernels.quantize_columns import quantize_columns
+    from moefp8.kernels.quantize_rows import quantize_rows
+
+    flat = x.weight.flatten(0, 1)
+    layout = plan(expert_ends(x.weight), flat.shape[0], tile_rows(flat.device))
+
+    def both() -> Any:
+        by_row = quantize_rows(flat, layout, gemm, column_amax=True)
+        return by_row, quantize_columns(flat, layout, by_row, gemm)
+
+    return both
+
+
+def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
+    def quantiser(name: str, prepare: Callable[[Inputs], Step], **how: Any) -> Quantiser:
+        return Quantiser(f"moefp8 {name}, {label}", prepare, no_kernels, **how)
+
+    own = []
+    for source in ("activation", "cotangent"):
+        own += [
+            quantiser(f"rows of {source}", partial(_rows, source, gemm, False), source=source),
+            quantiser(
+                f"rows and column maxima of {source}", partial(_rows, source, gemm, True), source=source
+            ),
+            quantiser(f"columns of {source}", partial(_columns, source, gemm), source=source),
+        ]
+    return [*own, quantiser("weights both ways", partial(_weights, gemm), source="weight", copies=2)]
+
+
+KERNELS = [*_kernels_of(Gemm(), "mx"), *_kernels_of(Gemm(format="row"), "rowwise")]
+
+
+def _on_cpu(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    return "the definition in torch, measured on a CPU only: it is not meant to be fast"
+
+
+def _reference(name: str, run: Callable[[Inputs], Any], **how: Any) -> Quantiser:
+    return Quantiser(f"moefp8 reference {name}", lambda x: partial(run, x), _on_cpu, **how)
+
+
+REFERENCE = [
+    _reference("rows, mx 32", lambda x: quantize_mx(x.activation), group=32),
+    _reference("rows, mx whole", lambda x: quantize_mx(x.activation, group=-1)),
+    _reference("columns per group, mx 32", lambda x: quantize_mx_jagged(x.activation, x.offs), group=32),
+    _reference("columns per group, mx whole", lambda x: quantize_mx_jagged(x.activation, x.offs, group=-1)),
+    _reference(
+        "weights both ways, mx whole",
         lambda x: [quantize_mx(x.weight, axis, group=-1) for axis in (-1, -2)],
         source="weight",
         copies=2,
     ),
 ]
+OURS = [*KERNELS, *REFERENCE]
+
+
+# --- torchao -------------------------------------------------------------------------------------
 
 
 def _kernels(name: str) -> Any:
@@ -99,20 +177,28 @@ def _torchao_to_mx(x: Inputs) -> Any:
     return to_mx(x.activation, torch.float8_e4m3fn, 32, mode)
 
 
+def _peer(name: str, run: Callable[[Inputs], Any], refuse: Callable, **how: Any) -> Quantiser:
+    return Quantiser(f"torchao {name}", lambda x: partial(run, x), refuse, **how)
+
+
 PEERS = [
-    Quantiser(
-        "torchao rows, fp8 rowwise",
+    _peer(
+        "rows, fp8 rowwise",
         lambda x: _kernels("triton_fp8_rowwise_2d_scale_and_cast")(x.activation),
         _no_cuda_torchao,
     ),
-    Quantiser(
-        "torchao columns per group, fp8",
+    _peer(
+        "columns per group, fp8",
         lambda x: _kernels("triton_fp8_per_group_colwise_scales")(x.activation, x.offs),
         _no_cuda_torchao,
+        tunes=True,
     ),
-    Quantiser("torchao rows, mx 32", _torchao_mx_kernel, _no_sm100_torchao, group=32),
-    Quantiser("torchao rows, mx 32 emulated", _torchao_to_mx, lambda device: no_torchao(), group=32),
+    _peer("rows, mx 32", _torchao_mx_kernel, _no_sm100_torchao, group=32, tunes=True),
+    _peer("rows, mx 32 emulated", _torchao_to_mx, lambda device: no_torchao(), group=32),
 ]
+
+
+# --- measurement ---------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -124,9 +210,24 @@ class Row(NamedTuple):
     missing: str | None
     figures: dict[str, float]
 
+    @property
+    def place(self) -> str:
+        return f"{self.problem}, {self.layout} groups"
+
     def as_json(self) -> dict[str, Any]:
         row = {**self._asdict(), "problem": self.problem._asdict()}
         return {**{k: v for k, v in row.items() if k != "figures"}, **self.figures}
+
+
+def _draw(problem: Problem, device: torch.device, unequal: int | None) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    m, k, n, groups = problem
+    offs = equal_offs(problem, device) if unequal is None else unequal_offs(problem, device, unequal)
+    return Inputs(normal(m, k), normal(m, n), normal(groups, n, k), offs)
 
 
 def measure_quantisers(
@@ -140,23 +241,26 @@ def measure_quantisers(
 ) -> list[Row]:
     """Rows of one shape, all quantisers and a copy as large as the activation in turns."""
     device = timer.device
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
-
-    offs = equal_offs(problem, device) if unequal is None else unequal_offs(problem, device, unequal)
-    inputs = Inputs(normal(problem.m, problem.k), normal(problem.groups, problem.n, problem.k), offs)
+    inputs = _draw(problem, device, unequal)
     copy_call, copied = copy_step(2 * problem.m * problem.k, device)
     steps: dict[str, Step] = {COPY: copy_call}
     missing: dict[str, str | None] = {}
     for quantiser in quantisers:
         reason = quantiser.refuse(device)
+        if reason is None and quantiser.tunes:
+            timer.beat()
+            argument = {"name": quantiser.name, "problem": list(problem), "unequal": unequal}
+            argument |= {"device": str(device)}
+            reason = call_apart("moefp8.bench.quantize:first_call", argument, timer.peer_seconds)
         if reason is None:
-            reason = _first_call(quantiser, inputs, timer)
+            try:
+                step = quantiser.prepare(inputs)
+                timer.first_call(step)
+                steps[quantiser.name] = step
+            except may_raise(quantiser.name) as error:
+                timer.check_device(quantiser.name, error)
+                reason = explain(error)
         missing[quantiser.name] = reason
-        if reason is None:
-            steps[quantiser.name] = partial(quantiser.run, inputs)
     times, exposed, failed = timer.alternate(steps, repeats, advance, may_raise)
     missing |= failed
 
@@ -180,11 +284,14 @@ def measure_quantisers(
     return rows
 
 
-def _first_call(quantiser: Quantiser, inputs: Inputs, timer: Timer) -> str | None:
-    """Call once, compiling what needs compiling; the reason if a peer cannot or memory runs out."""
+def first_call(name: str, problem: list[int], unequal: int | None, device: str) -> str | None:
+    """Call the peer ``name`` once on such inputs, in a process that the caller may end; why it cannot."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    peer = next(q for q in PEERS if q.name == name)
     try:
-        timer.first_call(lambda: quantiser.run(inputs))
-    except may_raise(quantiser.name) as error:
-        timer.check_device(quantiser.name, error)
+        Timer(where).first_call(peer.prepare(_draw(Problem(*problem), where, unequal)))
+    except may_raise(name) as error:
         return explain(error)
     return None

@@ -6,6 +6,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moefp8.bench import accumulation
+from moefp8.bench import accumulation, promotion
 from moefp8.bench.ceilings import Ceilings
-from moefp8.bench.problem import Problem
 
 
 class AsJson(Protocol):
@@ -33,7 +33,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             return None
 
     packages = ("moefp8", "torch", "triton", "torchao")
-    found: dict[str, Any] = {"python": platform.python_version()}
+    found: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    found["python"] = platform.python_version()
     found |= {package: version(package) for package in packages}
     # torch knows its own local version ("+cu130"), which the package's metadata may lack.
     found["torch"] = torch.__version__
@@ -46,9 +47,15 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(
-    path: Path, command: str, environment: dict[str, Any], ceilings: Ceilings | None, rows: Sequence[AsJson]
+    path: Path,
+    command: str,
+    environment: dict[str, Any],
+    ceilings: Ceilings | None,
+    rows: Sequence[AsJson],
+    stopped: Sequence[str] = (),
 ) -> None:
-    """One object: command, environment, ceilings and rows; NaN becomes null."""
+    """One object: command, environment, ceilings and rows; NaN becomes null. ``stopped`` says why it is
+    not complete."""
     peaks = None
     if ceilings is not None:
         peaks = {name: None if math.isnan(rate) else rate for name, rate in ceilings._asdict().items()}
@@ -58,6 +65,8 @@ def write_json(
         "ceilings": peaks,
         "rows": [row.as_json() for row in rows],
     }
+    if stopped:
+        content["stopped"] = stopped[0]
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -98,6 +107,9 @@ def _milliseconds(x: float) -> str:
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "median_s": ("ms", _milliseconds),
     "speedup": ("over bf16", "{:.2f}x".format),
+    "over_bf16": ("over bf16", "{:.2f}x".format),
+    "over_precise": ("over precise", "{:.3f}x".format),
+    "over_fast": ("over fast", "{:.3f}x".format),
     "rate": ("rate", lambda x: _rate(x, "FLOP/s")),
     "peak_share": ("of FP8 peak", _percent),
     "bytes_per_s": ("bytes", lambda x: _rate(x, "B/s")),
@@ -109,12 +121,10 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 class Measured(AsJson, Protocol):
-    """What the rows of grouped products and of quantisers have in common."""
+    """What the rows of products and of quantisers have in common."""
 
     @property
-    def problem(self) -> Problem: ...
-    @property
-    def layout(self) -> str: ...
+    def place(self) -> str: ...
     @property
     def candidate(self) -> str: ...
     @property
@@ -124,11 +134,10 @@ class Measured(AsJson, Protocol):
 
 
 def show_measured(console: Console, rows: Sequence[Measured], partial: Collection[str] = ()) -> None:
-    """A table for each shape and layout, then why candidates are missing. ``partial`` get a star."""
-    places = dict.fromkeys((row.problem, row.layout) for row in rows)
-    for problem, layout in places:
-        own = [row for row in rows if (row.problem, row.layout) == (problem, layout) and row.figures]
-        table = Table(title=f"{problem}, {layout} groups", title_justify="left", box=SIMPLE_HEAD)
+    """A table for each place, then why candidates are missing. ``partial`` get a star."""
+    for place in dict.fromkeys(row.place for row in rows):
+        own = [row for row in rows if row.place == place and row.figures]
+        table = Table(title=place, title_justify="left", box=SIMPLE_HEAD)
         table.add_column("", no_wrap=True)
         shown = {key: figure for key, figure in FIGURES.items() if any(key in row.figures for row in own)}
         for heading, _ in shown.values():
@@ -144,14 +153,22 @@ def show_measured(console: Console, rows: Sequence[Measured], partial: Collectio
         console.print(table)
     if any(row.figures.get("exposed") for row in rows):
         console.print(EXPOSED, style="dim", highlight=False)
+    show_missing(console, [(row.candidate, row.missing) for row in rows])
+
+
+def show_missing(console: Console, reasons: Sequence[tuple[str, str | None]]) -> None:
+    """Why candidates have no figures, each reason once."""
     missing: dict[str, dict[str, None]] = {}
-    for row in rows:
-        if row.missing is not None:
-            missing.setdefault(row.missing, {})[row.candidate] = None
+    for candidate, reason in reasons:
+        if reason is not None:
+            missing.setdefault(reason, {})[candidate] = None
     for reason, names in missing.items():
         console.print(f"missing: {'; '.join(names)}: {reason}", style="dim", markup=False)
 
 
+GEMM_LEGEND = """\
+Operands quantised beforehand. Over precise, over fast: speed over dense cuBLAS FP8 with that accumulator
+on as many operations, medians over rounds in which all candidates take turns."""
 EXPOSED = "+ waits for the device inside the step, so its time includes launching."
 GROUPED_MM_LEGEND = """\
 Medians; ratios are medians over rounds in which all candidates take turns.
@@ -186,6 +203,24 @@ def show_accumulation(console: Console, rows: Sequence[accumulation.Row]) -> Non
         console.print(table)
     for reason in missing:
         console.print(f"missing: {reason}", style="dim", markup=False)
+
+
+def show_promotion(console: Console, rows: Sequence[promotion.Row]) -> None:
+    """Speed of the product alone and bias of its sums, by promotion interval."""
+    lengths = sorted({length for row in rows for length in row.bias})
+    table = Table(title="The product alone by promotion interval", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("product", "", "over precise", "rate", *(f"bias at {length}, %" for length in lengths)):
+        table.add_column(heading, justify="left" if heading in ("product", "") else "right")
+    for product in accumulation.PRODUCTS:
+        table.add_section()
+        for row in rows:
+            if row.product == product and row.figures:
+                ratio = row.figures.get("over_precise")
+                speed = "-" if ratio is None else f"{ratio:.3f}x"
+                biases = (_bias(row.bias[length]) if length in row.bias else "-" for length in lengths)
+                table.add_row(product, row.candidate, speed, _rate(row.figures["rate"], "FLOP/s"), *biases)
+    console.print(table)
+    show_missing(console, [(row.candidate, row.missing) for row in rows])
 
 
 def _bias(fraction: float) -> str:

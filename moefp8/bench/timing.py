@@ -55,14 +55,19 @@ class Timings(NamedTuple):
 class Timer:
     """Times single calls on one device, in seconds."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, peer_seconds: float = 240.0) -> None:
         self.device = device
+        #: What the first call of a peer that tunes itself may take.
+        self.peer_seconds = peer_seconds
+        #: Called whenever something is about to run: a watchdog's.
+        self.beat: Callable[[], None] = lambda: None
         self._flush: Tensor | None = None
         if device.type == "cuda":
             self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def once(self, step: Step, lead: float = 0.0) -> tuple[float, bool]:
         """Seconds of a call, and whether the device came to it after the host was done with it."""
+        self.beat()
         if self._flush is None:
             start = time.perf_counter()
             step()
@@ -88,6 +93,7 @@ class Timer:
 
     def first_call(self, step: Step) -> float:
         """Wall time of a call and of the device work it starts: for a new shape this compiles."""
+        self.beat()
         start = time.perf_counter()
         step()
         if self.device.type == "cuda":
