@@ -36,7 +36,7 @@ TILE_COLUMNS = 64
 @triton.jit
 def _fake_quantize_kernel(
     x, out, segments, num_groups, columns, stride,
-    ALONG_ROWS: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr,
+    ALONG_ROWS: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -64,55 +64,46 @@ def _fake_quantize_kernel(
         value = code.to(OUT, bitcast=True).to(tl.float32) * factor
         value = tl.where(amax < INF_BITS, value.to(tl.int32, bitcast=True), NAN_BITS)
         value = value.to(tl.float32, bitcast=True).to(tl.bfloat16)
-        if PADDED:
-            at = (block.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-            here = tl.broadcast_to((column < columns)[None, :], (ROWS, COLUMNS))
         tl.store(out + at * columns + column[None, :], value, mask=here)
 
 
-def _fake(
-    x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str, padded: bool
-) -> Tensor:
-    rows = segments.shape[0] * SEGMENT if padded else x.shape[0]
-    return x.new_empty(rows, x.shape[1], dtype=torch.bfloat16)
+def _fake(x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bfloat16)
 
 
 @leaf("fake_quantize", fake=_fake, vmap=by_loop)
 def _fake_quantize(
-    x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str, padded: bool
+    x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str
 ) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = _fake(x, segments, num_groups, axis, dtype, rule, padded)
+    out = _fake(x, segments, num_groups, axis, dtype, rule)
     launch = (segments.shape[0] * triton.cdiv(x.shape[1], TILE_COLUMNS),)
     if x.numel():
         _fake_quantize_kernel[launch](
             x, out, segments, num_groups, x.shape[1], x.stride(0),
-            ALONG_ROWS=axis == -2, PADDED=padded, OUT=TRITON_DTYPES[dtype],
+            ALONG_ROWS=axis == -2, OUT=TRITON_DTYPES[dtype],
             **encoding(Gemm("mx", dtype, rule), x.device)._asdict(),
             ROWS=SEGMENT, COLUMNS=TILE_COLUMNS, num_warps=8,
         )  # fmt: skip
     return out
 
 
-def fake_quantize(x: Tensor, plan: Plan, axis: int, gemm: Gemm, *, padded: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, plan: Plan, axis: int, gemm: Gemm) -> Tensor:
     """``x`` (M, K) rounded to MX in blocks of 32 along ``axis`` (-1, or -2 within groups), in bfloat16.
 
-    Rows past the last group are not written. With ``padded`` the rows of each group go to its segment
-    of the plan, filled up with zeros: ``(P, K)``, past ``ends[-1]`` not written.
+    Rows past the last group are not written.
     """
-    num_groups = plan.ends.shape[0]
-    return _fake_quantize(x, plan.segments, num_groups, axis, gemm.dtype, gemm.rule, padded)
+    return _fake_quantize(x, plan.segments, plan.ends.shape[0], axis, gemm.dtype, gemm.rule)
 
 
-def reference(x: Tensor, offs: Tensor, axis: int, gemm: Gemm, *, padded: bool = False) -> Tensor:
-    """The twin of :func:`fake_quantize`, in torch; what that leaves unwritten is zero."""
+def reference(x: Tensor, offs: Tensor, axis: int, gemm: Gemm) -> Tensor:
+    """The twin of :func:`fake_quantize`, in torch; rows past ``offs[-1]`` are zero."""
 
     def rounded(v: Tensor) -> Tensor:
         codes = quantize(v, axis, gemm.dtype, gemm.rule, BLOCK, None)
         return dequantize(*codes, axis, BLOCK, torch.float32)
 
-    layout = segments_of(offs, x.shape[0], SEGMENT if padded else BLOCK)
-    value = rounded(layout.pad(x)).to(torch.bfloat16)
-    if padded:
-        return value
-    return value.new_zeros(x.shape).index_put((layout.source[layout.valid],), value[layout.valid])
+    layout = segments_of(offs, x.shape[0], BLOCK)
+    value = rounded(layout.pad(x))
+    out = value.new_zeros(x.shape).index_put((layout.source[layout.valid],), value[layout.valid])
+    return out.to(torch.bfloat16)

@@ -21,6 +21,7 @@ from moefp8._leaf import by_loop, leaf
 from moefp8._quantize import dequantize, quantize, quantize_jagged, stored_group
 from moefp8.formats import BLOCK
 from moefp8.groups import group_ids, read_ends
+from moefp8.kernels.ffn import compose
 from moefp8.mx import MXArray
 from moefp8.recipe import HIGH_PRECISION, Gemm, Recipe
 
@@ -112,19 +113,24 @@ def multiply_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 
 def rows(
-    a: Tensor | MXArray, b: Tensor, offs: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
+    a: Tensor | MXArray,
+    b: Tensor | MXArray,
+    offs: Tensor,
+    bias: Tensor | None,
+    gemm: Gemm,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """``out[i] = a[i] @ b[g] + bias[g]`` for the rows i of group g, rounded once to ``out_dtype``.
 
     Args:
         a: (M, K), or an MXArray quantised along K.
-        b: (G, K, N).
+        b: (G, K, N), or an MXArray quantised along K.
         offs: (G,).
         bias: (N,), (G, N) or None.
     """
-    a, b = fake_quantize(a, -1, gemm), fake_quantize(b, -2, gemm)
-    a, b = _common(a, b, torch.float32 if bias is not None else out_dtype)
-    out = multiply_rows(a, b, offs)
+    left, right = fake_quantize(a, -1, gemm), fake_quantize(b, -2, gemm)
+    left, right = _common(left, right, torch.float32 if bias is not None else out_dtype)
+    out = multiply_rows(left, right, offs)
     if bias is not None:
         per_group = bias.to(out.dtype).expand(offs.shape[0], -1)
         with_tail = torch.cat([per_group, torch.zeros_like(per_group[:1])])  # rows past offs[-1] stay zero
@@ -170,6 +176,28 @@ def group_sum(g: Tensor, offs: Tensor) -> Tensor:
     return contraction(g.new_ones(1, g.shape[0]), g, offs, HIGH_PRECISION, wide).squeeze(1)
 
 
+# --- weights quantised beforehand ----------------------------------------------------------------
+
+
+def quantize_weights(w: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """Codes and scales of ``w`` (G, N, K) along K and along N; empty if a product does not quantise."""
+    copies: list[Tensor] = []
+    for axis, gemm in ((-1, recipe.fwd), (-2, recipe.dgrad)):
+        if gemm.format == "none":
+            copies += [w.new_empty(0), w.new_empty(0)]
+        else:
+            rule, group = _rule(gemm)
+            copies += quantize(w, axis, gemm.dtype, rule, group, None)
+    return tuple(copies)
+
+
+def _prepared(b: Tensor, copy: Sequence[Tensor], axis: int, gemm: Gemm) -> Tensor | MXArray:
+    """``b`` as its quantised ``copy``, if there is one and the product quantises."""
+    if not copy or gemm.format == "none":
+        return b
+    return MXArray(*copy, axis, _rule(gemm)[1])
+
+
 # --- forward and backward of the rows form -------------------------------------------------------
 
 
@@ -180,9 +208,12 @@ def rows_forward(
     bias: Tensor | None,
     recipe: Recipe,
     out_dtype: torch.dtype,
+    prepared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """:func:`rows`; nothing is kept, each product quantises afresh."""
-    return rows(a, b, offs, bias, recipe.fwd, out_dtype), ()
+    """:func:`rows`; nothing is kept, each product quantises afresh what was not quantised beforehand."""
+    along_k = tuple(x.mT for x in prepared[:2]) if recipe.fwd.format != "none" else ()
+    right = _prepared(b, along_k, -2, recipe.fwd)
+    return rows(a, right, offs, bias, recipe.fwd, out_dtype), tuple(prepared[2:])
 
 
 def rows_backward(
@@ -196,11 +227,26 @@ def rows_backward(
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
     """``da[i] = g[i] @ b[g]^T`` and ``db[g] = a[rows of g]^T @ g[rows of g]``, those ``needed``."""
-    da = rows(g, b.mT, offs, None, recipe.dgrad, dtypes[0]) if needed[0] else None
-    db = contraction(high_precision(a).mT, g, offs, recipe.wgrad, dtypes[1]) if needed[1] else None
+    da = db = None
+    if needed[0]:
+        da = rows(g, _prepared(b.mT, kept, -2, recipe.dgrad), offs, None, recipe.dgrad, dtypes[0])
+    if needed[1]:
+        db = contraction(high_precision(a).mT, g, offs, recipe.wgrad, dtypes[1])
     return da, db
 
 
+_FFN = compose(rows_forward, rows_backward, group_sum)
+
 IMPLEMENTATION = Implementation(
-    "reference", lambda request: None, rows, contraction, dense, group_sum, rows_forward, rows_backward
+    name="reference",
+    refuse=lambda request: None,
+    rows=rows,
+    contraction=contraction,
+    dense=dense,
+    group_sum=group_sum,
+    rows_forward=rows_forward,
+    rows_backward=rows_backward,
+    ffn_forward=_FFN.forward,
+    ffn_backward=_FFN.backward,
+    quantize_weights=quantize_weights,
 )

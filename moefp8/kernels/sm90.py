@@ -22,11 +22,7 @@ from moefp8.kernels.fake_quantize import fake_quantize
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
-from moefp8.kernels.high_precision import (
-    high_precision_contraction,
-    high_precision_rows,
-    pad_segments,
-)
+from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
@@ -145,16 +141,9 @@ def _exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
     return rounded.mT if _is_transposed(b) else rounded
 
 
-def _exact(x: Tensor, layout: Plan, gemm: Gemm) -> Tensor:
-    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along K, or as it is."""
-    return x if gemm.format == "none" else fake_quantize(x, layout, -1, gemm)
-
-
-def _exact_segments(x: Tensor, layout: Plan, gemm: Gemm) -> Tensor:
-    """The same to contract over the rows of each group, which move into segments."""
-    if gemm.format == "none":
-        return pad_segments(x, layout)
-    return fake_quantize(x, layout, -2, gemm, padded=True)
+def _exact(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
+    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -189,7 +178,7 @@ def rows_forward(
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        exact = _exact(high_precision(a), layout, fwd)
+        exact = _exact(high_precision(a), layout, -1, fwd)
         out = high_precision_rows(exact, _exact_weights(b, fwd, -2), offs)
     kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
@@ -217,7 +206,7 @@ def rows_backward(
         if by_row is not None and in_fp8(dgrad):
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
-            da = high_precision_rows(_exact(g, layout, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
+            da = high_precision_rows(_exact(g, layout, -1, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
         x = high_precision(a)
@@ -228,8 +217,8 @@ def rows_backward(
             right = quantize_columns(g, layout, by_row, wgrad)
             db = _contract(left, right, layout.ends, dtypes[1], wgrad, b)
         else:
-            left, right = _exact_segments(x, layout, wgrad), _exact_segments(g, layout, wgrad)
-            db = high_precision_contraction(left.mT, right, layout.ends)
+            exact = _exact(x, layout, -2, wgrad)
+            db = high_precision_contraction(exact.mT, _exact(g, layout, -2, wgrad), offs)
     return da, db
 
 
@@ -272,8 +261,8 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
             by_row = quantize_rows(x, layout, gemm, column_amax=True)
             copies.append(quantize_columns(x, layout, by_row, gemm))
         return gemm_contraction(*copies[0], *copies[1], layout.ends, out_dtype, gemm.promote)
-    left, right = _exact_segments(left, layout, gemm), _exact_segments(right, layout, gemm)
-    return high_precision_contraction(left.mT, right, layout.ends)
+    exact = _exact(left, layout, -2, gemm), _exact(right, layout, -2, gemm)
+    return high_precision_contraction(exact[0].mT, exact[1], offs)
 
 
 def dense(
