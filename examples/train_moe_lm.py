@@ -84,8 +84,8 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def rotary(x: Tensor) -> Tensor:
     """Rotary position embedding of x (batch, heads, length, head_dim)."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)[:, None] * frequency
     left, right = x.chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)

@@ -342,7 +342,8 @@ def test_grouped_mm_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_quantize_command(tmp_path: Path) -> None:
-    args = "quantize --device cpu --shape 64,32,32 --groups 2 --repeats 1 --without rowwise --without cotangent"
+    args = "quantize --device cpu --shape 64,32,32 --groups 2 --repeats 1"
+    args += " --without rowwise --without cotangent"
     main([*args.split(), "--json", str(tmp_path / "q.json"), "--png", str(tmp_path / "q.png")])
     rows = written(tmp_path / "q.json")["rows"]
     ours = [row for row in rows if row["candidate"].startswith("moefp8")]
