@@ -26,10 +26,11 @@ class Request(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """The three products, whether a call can be served, and what a backward shares with its forward.
+    """The three products and the feed-forward made of them, and whether a call can be served.
 
     ``rows``, ``contraction``, ``dense`` and ``group_sum`` have the signatures of
-    ``kernels/reference.py``, which defines what they compute.
+    ``kernels/reference.py``, which defines what they compute. The feed-forward is defined by
+    ``kernels/ffn.py``, and an implementation without one of its own takes it from there.
     """
 
     name: str
@@ -40,17 +41,31 @@ class Implementation(NamedTuple):
     dense: Callable
     #: ``group_sum(g (M, N), offs) -> (G, N)`` in at least float32: the gradient of a bias.
     group_sum: Callable
-    #: ``rows_forward(a, b, offs, bias, recipe, out_dtype) -> (out, kept)``: ``rows``, and tensors that
-    #: its backward would have to work out again, such as weights quantised both ways.
+    #: ``rows_forward(a, b, offs, bias, recipe, out_dtype, prepared=()) -> (out, kept)``: ``rows``, and
+    #: tensors that its backward would have to work out again, such as weights quantised both ways.
+    #: ``prepared`` is what ``quantize_weights`` gave for ``b.mT``.
     rows_forward: Callable
     #: ``rows_backward(kept, a, b, offs, g, recipe, needed, dtypes) -> (da, db)``.
     rows_backward: Callable
+    #: ``ffn_forward(x, source, weights, biases, offs, recipe, prepared) -> (out (M, D), kept)``.
+    #:
+    #: ``x`` is ``(T, D)`` and ``source`` the ``(M,)`` int64 row of it for each sorted row, or None if it
+    #: lies sorted (M = T). ``weights`` and ``biases`` are triples in the order of their names, ``(w1
+    #: (E, H, D), w2 (E, D, H), w3 (E, H, D))``; a bias may be None. ``prepared`` is None, or what
+    #: ``quantize_weights`` gave for each weight. ``kept`` is for the backward; it may hold operands.
+    ffn_forward: Callable
+    #: ``ffn_backward(kept, x, source, weights, biases, offs, g, recipe, needed) -> gradients`` of the
+    #: sorted rows (M, D), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools).
+    ffn_backward: Callable
+    #: ``quantize_weights(w (G, N, K), recipe) -> tensors``: both copies of a weight that products read,
+    #: along K for the forward and along N for dgrad. Their number does not depend on ``w``.
+    quantize_weights: Callable
 
 
 def choose(
-    wanted: str | Sequence[str] | None, request: Request, registry: dict[str, Implementation]
+    wanted: str | Sequence[str] | None, requests: Sequence[Request], registry: dict[str, Implementation]
 ) -> Implementation:
-    """The first of ``wanted`` (all of the registry in its order, if None) that serves ``request``.
+    """The first of ``wanted`` (all of the registry in its order, if None) that serves all ``requests``.
 
     Raises:
         ValueError: an unknown name.
@@ -64,7 +79,8 @@ def choose(
         raise ValueError(f"implementation: expected one or more of {known}, got {wanted!r}")
     refusals = []
     for name in names:
-        reason = registry[name].refuse(request)
+        refused = (registry[name].refuse(request) for request in requests)
+        reason = next((why for why in refused if why is not None), None)
         if reason is None:
             return registry[name]
         refusals.append(NotImplementedError(f"implementation {name!r}: {reason}"))

@@ -12,6 +12,17 @@ from moefp8.mx import MXArray, check_float
 from moefp8.recipe import Recipe, check_recipe
 
 
+class Asked(NamedTuple):
+    """One product that an operation was asked for by name: what ``explain`` lists."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    #: Where to look for the weight, in order.
+    weights: tuple[Tensor, ...]
+    #: What the product is made from.
+    operands: tuple[Tensor, ...]
+
+
 class Static(NamedTuple):
     """Everything about a product that is not a tensor."""
 
@@ -25,6 +36,11 @@ class Static(NamedTuple):
     @property
     def products(self) -> Implementation:
         return REGISTRY[self.implementation]
+
+    def asked(self, flat: Sequence[Tensor]) -> list[Asked]:
+        """The one product."""
+        a, b = flat[0], flat[1 if self.a_group is None else 2]
+        return [Asked(tuple(a.shape), tuple(b.shape), (b, a), (a, b))]
 
 
 class Operands(NamedTuple):
@@ -95,7 +111,7 @@ def prepare(
         has_bias=bias is not None,
         named=implementation is not None,
     )
-    chosen = choose(implementation, request, REGISTRY)
+    chosen = choose(implementation, [request], REGISTRY)
     return Static(recipe, out_dtype, chosen.name, bias is not None, a_group)
 
 

@@ -13,6 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from moefp8._closure import is_plain
 from moefp8._custom_vjp import ReplayedMode
+from moefp8._ffn import FFN
 from moefp8._intercept import PRODUCTS, Call, How, Keep
 from moefp8._operands import Static
 from moefp8._provenance import (
@@ -133,7 +134,7 @@ class PrecisionMode(ReplayedMode):
         else:
             out = self.recorder.run(func, args, kwargs, self.registry)
         source = args[0] if args else kwargs.get("input")
-        if isinstance(source, Static):
+        if isinstance(source, Static | FFN):
             self.explicit(func, source, args[1:])
         else:
             self.follow(func, source, args, kwargs, out)
@@ -189,8 +190,8 @@ class PrecisionMode(ReplayedMode):
 
     # --- products --------------------------------------------------------------------------------
 
-    def explicit(self, func: Any, static: Static, operands: Sequence[Tensor]) -> None:
-        """Note a product that the function itself asked of this library."""
+    def explicit(self, func: Any, static: Static | FFN, operands: Sequence[Tensor]) -> None:
+        """Note products that the function itself asked of this library."""
         weights = [weight for x in operands if (weight := self.registry.find(x)) is not None]
         self.used.update(weight.rule for weight in weights)
         if self.recorder is not None:

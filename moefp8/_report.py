@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from moefp8._ffn import FFN
 from moefp8._intercept import Call
 from moefp8._operands import Static
 from moefp8._provenance import Registry, Weight
@@ -188,7 +189,7 @@ class Recorder:
 
     def run(self, func: Any, args: Any, kwargs: Any, registry: Registry) -> Any:
         """Call a function that is no product by name, and note the products it hides."""
-        if (args and isinstance(args[0], Static)) or func in _BACKWARD:
+        if (args and isinstance(args[0], Static | FFN)) or func in _BACKWARD:
             return func(*args, **kwargs)
         out, flops = _count(func, args, kwargs)
         if flops:
@@ -264,16 +265,18 @@ class Recorder:
         self.products.append(Product(path, function_name(func), shapes, None, why, flops))
         self._took(registry, *tensors)
 
-    def explicit(self, op: str, static: Static, operands: Sequence[Tensor], registry: Registry) -> None:
-        """A product that the function asked of this library itself, under a recipe of its own."""
-        a, b = operands[0], operands[1 if static.a_group is None else 2]
-        weight = registry.find(b) or registry.find(a)
-        path = " + ".join(weight.paths) if weight is not None else ""
+    def explicit(
+        self, op: str, static: Static | FFN, operands: Sequence[Tensor], registry: Registry
+    ) -> None:
+        """Products that the function asked of this library itself, under a recipe of its own."""
         quantises = quantised_products(static.recipe) > 0
         recipe, why = (static.recipe, "") if quantises else (None, "asked for by the function")
-        # Each entry of a meets N of b, in every form.
-        flops = 2 * a.numel() * b.shape[-1] * _copies(a, b)
-        self.products.append(Product(path, op, (tuple(a.shape), tuple(b.shape)), recipe, why, flops))
+        for asked in static.asked(operands):
+            weight = next((w for x in asked.weights if (w := registry.find(x)) is not None), None)
+            path = " + ".join(weight.paths) if weight is not None else ""
+            # Each entry of the left operand meets N of the right one, in every form.
+            flops = 2 * math.prod(asked.left) * asked.right[-1] * _copies(*asked.operands)
+            self.products.append(Product(path, op, (asked.left, asked.right), recipe, why, flops))
         self._took(registry, *operands)
 
     def _took(self, registry: Registry, *operands: Tensor | None) -> None:

@@ -1,40 +1,16 @@
 """The experts: SwiGLU feed-forward networks on rows sorted by expert, and the shared one on all rows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefp8._custom_vjp import custom_vjp
+from moefp8._ffn import ffn
 from moefp8._operands import check_operand
-from moefp8.dense import scaled_mm
-from moefp8.grouped import scaled_grouped_mm
+from moefp8.groups import check_offs
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import check_param
-
-
-def _swiglu_fwd(static: None, gate: Tensor, up: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    g = gate.to(wide)
-    return (g * g.sigmoid() * up.to(wide)).to(gate.dtype), (gate, up)
-
-
-def _swiglu_bwd(
-    static: None, needed: tuple[bool, ...], gate: Tensor, up: Tensor, cotangent: Tensor
-) -> Sequence[Tensor | None]:
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    g, u, c = gate.to(wide), up.to(wide), cotangent.to(wide)
-    s = g.sigmoid()
-    d_gate = (c * u * (s * (1 + g * (1 - s)))).to(gate.dtype) if needed[0] else None
-    d_up = (c * (g * s)).to(up.dtype) if needed[1] else None
-    return d_gate, d_up
-
-
-# Its own VJP, so that it computes in float32 and rounds once in both directions, and keeps two tensors
-# for the backward, in the dtype they came in; autograd would keep four, in float32.
-_swiglu = custom_vjp("expert_ffn", _swiglu_fwd, _swiglu_bwd)
 
 
 def expert_ffn(
@@ -80,36 +56,37 @@ def expert_ffn(
         raise ValueError(f"x: expected shape (M, D), got {tuple(x.shape)}")
     if "w1" not in params or getattr(params["w1"], "ndim", 0) != 3:
         raise ValueError("params['w1']: expected a tensor of shape (E, H, D)")
-    check_ffn(params, (params["w1"].shape[0],), x.shape[1], params["w1"].shape[1], recipe, "params")
-
-    product = partial(scaled_grouped_mm, offs=offs, recipe=recipe, implementation=implementation)
-    return _swiglu_ffn(params, x, product)
+    num_experts, hidden, _ = params["w1"].shape
+    check_ffn(params, (num_experts,), x.shape[1], hidden, recipe, "params", x)
+    check_offs(offs, num_experts, x)
+    return ffn(params, x, offs, recipe, implementation)
 
 
 def shared_ffn(
     params: Mapping[str, Any], x: Tensor, recipe: Recipe, implementation: str | Sequence[str] | None
 ) -> Tensor:
-    """The same for the one expert that every token goes through."""
-    return _swiglu_ffn(params, x, partial(scaled_mm, recipe=recipe, implementation=implementation))
-
-
-def _swiglu_ffn(params: Mapping[str, Any], x: Tensor, product: Callable[..., Tensor]) -> Tensor:
-    """The three products, each ``product(x, weight, bias=bias)``, and what lies between them."""
-
-    def linear(x: Tensor, i: int) -> Tensor:
-        return product(x, params[f"w{i}"].mT, bias=params.get(f"b{i}"))
-
-    return linear(_swiglu(None, linear(x, 1), linear(x, 3)), 2)
+    """The same for the one expert that every token goes through: a group of all rows."""
+    alone = {key: p.unsqueeze(0) for key, p in params.items()}
+    every = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+    return ffn(alone, x, every, recipe, implementation)
 
 
 def check_ffn(
-    params: Mapping[str, Any], lead: tuple[int, ...], dim: int, hidden: int, recipe: Recipe, where: str
+    params: Mapping[str, Any],
+    lead: tuple[int, ...],
+    dim: int,
+    hidden: int,
+    recipe: Recipe,
+    where: str,
+    x: Tensor,
 ) -> None:
-    """Check w1, w2, w3 and those of b1, b2, b3 that are there."""
+    """Check w1, w2, w3 and those of b1, b2, b3 that are there; all on the device of ``x``."""
     shapes = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
     biases = {"b1": (hidden,), "b2": (dim,), "b3": (hidden,)}
     for key, shape in (shapes | biases).items():
         if key in shapes or key in params:
             check_param(params, key, (*lead, *shape), where)
+            if params[key].device != x.device:
+                raise ValueError(f"{where}[{key!r}]: is on {params[key].device}, x on {x.device}")
     for key in shapes:
         check_operand(params[key], f"{where}[{key!r}]", recipe)

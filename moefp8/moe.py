@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
+from moefp8._ffn import Routed, ffn, sum_copies
 from moefp8._operands import check_operand
-from moefp8.experts import check_ffn, expert_ffn, shared_ffn
+from moefp8.experts import check_ffn, shared_ffn
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import (
     MoEConfig,
@@ -145,9 +146,7 @@ def _take_fwd(static: _Take, x: Tensor, index: Tensor, back: Tensor) -> tuple[Te
 def _take_bwd(static: _Take, needed: tuple[bool, ...], back: Tensor, g: Tensor) -> Sequence[Tensor | None]:
     if not needed[0]:
         return None, None, None
-    copies = g.index_select(0, back).unflatten(0, (back.shape[0] // static.copies, static.copies))
-    wide = torch.promote_types(g.dtype, torch.float32)
-    return copies.sum(1, dtype=wide).to(g.dtype), None, None
+    return sum_copies(g, back, static.copies), None, None
 
 
 # A gather whose transpose is a gather: row i of x is copied to the rows back[i * copies + j]. Left to
@@ -185,13 +184,13 @@ def _check_moe(params: Mapping[str, Any], x: Tensor, config: MoEConfig, recipe: 
     experts = ("w1", "w2", "w3", "b1", "b2", "b3")
     shared = ("shared",) if config.shared_hidden else ()
     _check_keys(params, ("router", "router_bias", "expert_bias", *experts, *shared), "params")
-    check_ffn(params, (config.num_experts,), config.dim, config.hidden, recipe, "params")
+    check_ffn(params, (config.num_experts,), config.dim, config.hidden, recipe, "params", x)
     if shared:
         where = "params['shared']"
         if not isinstance(params.get("shared"), Mapping):
             raise ValueError(f"{where}: config.shared_hidden is {config.shared_hidden}; expected a dict")
         _check_keys(params["shared"], experts, where)
-        check_ffn(params["shared"], (), config.dim, config.shared_hidden, recipe, where)
+        check_ffn(params["shared"], (), config.dim, config.shared_hidden, recipe, where, x)
 
 
 def _check_keys(params: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -249,11 +248,14 @@ def moe_ffn(
     weights = routing.weights.reshape(-1, config.top_k)
 
     order = sort_by_expert(routing.indices, config.num_experts)
-    rows = gather_rows(tokens, order, config.top_k)
     if config.scores_on == "input":
         row_weight = _take(_Take(1), weights.reshape(-1, 1), order.source, order.slot)
-        rows = (rows * row_weight).to(x.dtype)
-    rows = expert_ffn(params, rows, order.offs, recipe=recipe, implementation=implementation)
+        rows = (gather_rows(tokens, order, config.top_k) * row_weight).to(x.dtype)
+        rows = ffn(params, rows, order.offs, recipe, implementation)
+    else:
+        # The gather goes with the feed-forward, which may quantise rows as it copies them.
+        routed = Routed(order.source // config.top_k, order.slot, config.top_k)
+        rows = ffn(params, tokens, order.offs, recipe, implementation, routed)
     y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
     if "shared" in params:

@@ -166,7 +166,7 @@ def test_the_advice_of_that_error_works():
 
 
 def refusing(name, reason):
-    return Implementation(name, lambda request: reason, *(None,) * 6)
+    return Implementation(name, lambda request: reason, *(None,) * 9)
 
 
 REQUEST = Request(
@@ -188,18 +188,18 @@ REGISTRY = {
 
 
 def test_the_first_that_serves():
-    assert choose(None, REQUEST, REGISTRY).name == "yes"
-    assert choose(["never", "yes"], REQUEST, REGISTRY).name == "yes"
+    assert choose(None, [REQUEST], REGISTRY).name == "yes"
+    assert choose(["never", "yes"], [REQUEST], REGISTRY).name == "yes"
 
 
 def test_one_refusal_is_raised_as_it_is():
     with pytest.raises(NotImplementedError, match=r"^implementation 'no': wants a GPU$"):
-        choose("no", REQUEST, REGISTRY)
+        choose("no", [REQUEST], REGISTRY)
 
 
 def test_all_refusals_are_raised_together():
     with pytest.raises(ExceptionGroup, match="none can serve") as raised:
-        choose(["no", "never"], REQUEST, REGISTRY)
+        choose(["no", "never"], [REQUEST], REGISTRY)
     reasons = [str(error) for error in raised.value.exceptions]
     assert reasons == ["implementation 'no': wants a GPU", "implementation 'never': is a test"]
     assert all(isinstance(error, NotImplementedError) for error in raised.value.exceptions)

@@ -1,0 +1,129 @@
+"""The feed-forward as one operation has the bits of three products by hand, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from moe_oracle import VARIANTS, make, tokens
+from specs import LAYOUTS, Layout, randn
+from torch import Tensor
+from torch.func import vjp
+
+from moefp8 import expert_ffn, moe_ffn, route, scaled_grouped_mm
+from moefp8._custom_vjp import custom_vjp
+from moefp8.kernels.sm90 import in_fp8
+from moefp8.moe import combine_rows, gather_rows, sort_by_expert
+from moefp8.recipe import MXFP8, PRESETS, Recipe
+
+DIM, HIDDEN = 32, 48
+
+
+def _swiglu_fwd(static: None, gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    g = gate.float()
+    return (g * g.sigmoid() * up.float()).to(gate.dtype), (gate, up)
+
+
+def _swiglu_bwd(static: None, needed: Any, gate: Tensor, up: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    g, u, d = gate.float(), up.float(), d.float()
+    s = g.sigmoid()
+    return (d * u * (s * (1 + g * (1 - s)))).to(gate.dtype), (d * (g * s)).to(up.dtype)
+
+
+swiglu = custom_vjp("swiglu", _swiglu_fwd, _swiglu_bwd)
+
+
+def by_hand(params: dict[str, Tensor], x: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    def linear(x: Tensor, i: int) -> Tensor:
+        return scaled_grouped_mm(x, params[f"w{i}"].mT, offs, bias=params.get(f"b{i}"), **options)
+
+    return linear(swiglu(None, linear(x, 1), linear(x, 3)), 2)
+
+
+def experts(count: int, *, bias: bool, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    params = {
+        "w1": randn(count, HIDDEN, DIM, seed=1),
+        "w2": randn(count, DIM, HIDDEN, seed=2),
+        "w3": randn(count, HIDDEN, DIM, seed=3),
+    }
+    if bias:
+        params |= {"b1": randn(count, HIDDEN), "b2": randn(count, DIM), "b3": randn(count, HIDDEN)}
+    return {name: p.to(device, dtype) for name, p in params.items()}
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def check_same_bits(
+    layout: Layout, recipe: Recipe, implementation: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    takes_bias = implementation == "reference" or in_fp8(recipe.fwd)
+    params = experts(len(layout.sizes), bias=takes_bias, dtype=dtype, device=device)
+    x, g = (randn(layout.rows, DIM, seed=seed).to(device, dtype) for seed in (4, 5))
+    options = {"recipe": recipe, "implementation": implementation}
+    offs = layout.offs(device)
+    got, got_vjp = vjp(lambda p, x: expert_ffn(p, x, offs, **options), params, x)
+    want, want_vjp = vjp(lambda p, x: by_hand(p, x, offs, **options), params, x)
+    assert torch.equal(bits(got), bits(want))
+    assert want.any() or not layout.sizes or not any(layout.sizes)
+    (got_params, got_x), (want_params, want_x) = got_vjp(g), want_vjp(g)
+    assert torch.equal(bits(got_x), bits(want_x))
+    for name, gradient in want_params.items():
+        assert torch.equal(bits(got_params[name]), bits(gradient)), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", PRESETS)
+def test_reference(name, layout):
+    check_same_bits(layout, PRESETS[name], "reference", torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.gpu
+def test_kernels(name, layout):
+    check_same_bits(layout, PRESETS[name], "triton", torch.bfloat16, "cuda")
+
+
+def test_kernels_interpreted():
+    """One recipe: the interpreter takes half a minute."""
+    check_same_bits(Layout("tail", (5, 0, 9), 2), MXFP8, "triton", torch.float32)
+
+
+def test_each_gradient_alone():
+    """What is not asked for is not computed, and takes nothing else along."""
+    layout = Layout("", (5, 9), 2)
+    params, x, offs = experts(2, bias=True, dtype=torch.float32), randn(16, DIM), layout.offs()
+    g = randn(16, DIM, seed=5)
+    every = torch.func.grad(lambda p: (expert_ffn(p, x, offs) * g).sum())(params)
+    for name, p in params.items():
+        alone = torch.func.grad(lambda p, n=name: (expert_ffn(params | {n: p}, x, offs) * g).sum())(p)
+        assert torch.equal(alone, every[name]), name
+    dx = torch.func.grad(lambda x: (expert_ffn(params, x, offs) * g).sum())(x)
+    assert torch.equal(dx, vjp(lambda x: by_hand(params, x, offs, recipe=MXFP8), x)[1](g)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["mixtral", "biases", "all experts", "olmoe"])
+def test_the_layer_is_gather_by_hand_and_combine(variant, dtype):
+    """moe_ffn hands the order of the rows over instead of the rows; the copies of a token add up as in
+    the transpose of a gather."""
+    config, params = VARIANTS[variant].config, make(VARIANTS[variant], dtype=dtype)
+    params = {name: p for name, p in params.items() if name != "shared"}
+    config = config._replace(shared_hidden=0)
+    x, g = tokens(13, dtype=dtype), tokens(13, seed=2, dtype=dtype)
+
+    def layer(params, x):
+        routing = route(params, x, config)
+        order = sort_by_expert(routing.indices, config.num_experts)
+        rows = by_hand(params, gather_rows(x, order, config.top_k), order.offs, recipe=MXFP8)
+        return combine_rows(rows, order, routing.weights, config.top_k)
+
+    want, want_vjp = vjp(layer, params, x)
+    got, got_vjp = vjp(lambda p, x: moe_ffn(p, x, config=config)[0], params, x)
+    assert torch.equal(got, want)
+    (got_params, got_x), (want_params, want_x) = got_vjp(g), want_vjp(g)
+    # The router takes part in the gradient of x, added to that of the experts in another order.
+    assert torch.equal(got_x, want_x)
+    for name, gradient in want_params.items():
+        assert torch.equal(got_params[name], gradient), name
