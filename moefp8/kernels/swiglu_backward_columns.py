@@ -1,0 +1,179 @@
+"""Gradients of SwiGLU and hidden, quantised along the rows of each group and written transposed.
+
+The operands of the three weight gradients that are made of gate and up, in one pass: the fused twin of
+``swiglu_backward`` and ``swiglu`` (``ffn.py``) followed by ``quantize_columns`` of all three results, bit
+for bit. So the forward keeps gate and up alone, and nothing of size (M, H) is written in high precision.
+Bytes an element of bf16 inputs: 6 read, 3 written; apart they are 6 + 4, 4 + 2 and 3 times 2 + 1. Lane
+operations an element, about 55; the budget at copy speed on an H100 is about 85.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moefp8._leaf import by_loop, leaf
+from moefp8.kernels import ffn, quantize_columns
+from moefp8.kernels._fp8 import (
+    INF_BITS,
+    MX_BLOCK,
+    NAN,
+    TRITON_DTYPES,
+    encode,
+    encoding,
+    magnitude_bits,
+    scale_of,
+)
+from moefp8.kernels._swiglu import (
+    STEEP,
+    d_gate_of,
+    d_up_of,
+    hidden_of,
+    load_wide,
+    sigmoid_at,
+    sigmoid_for,
+)
+from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.quantize_rows import RowQuantized
+from moefp8.recipe import Gemm
+
+#: 64 bytes of a column of codes, and 128 of a row of bf16. Twice as many rows take twice the registers.
+TILE_ROWS, TILE_COLUMNS = 64, 64
+
+
+@triton.jit
+def _store_columns(
+    y, data, scale, column_amax, poisoned, group, position, column, columns, padded_rows, first_of_group,
+    OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of values (ROWS, COLUMNS) as columns of codes, see quantize_columns.py."""
+    inside = column < columns
+    amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+    code = encode(y * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+    if tl.load(poisoned + group) != 0:
+        blocks = tl.max(tl.reshape(magnitude_bits(y), (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
+        poison = tl.broadcast_to((blocks >= INF_BITS)[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS))
+        code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
+    at = column.to(tl.int64)[:, None] * padded_rows + position[None, :]
+    tl.store(data + at, tl.trans(code), mask=inside[:, None])
+    if first_of_group:
+        tl.store(scale + group * columns + column, factor, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward_columns_kernel(
+    gate, up, cotangent, sigmoid, gate_data, gate_scale, up_data, up_scale, hidden_data, hidden_scale,
+    gate_amax, gate_poisoned, up_amax, up_poisoned, hidden_amax, hidden_poisoned,
+    segments, num_groups, columns, padded_rows,
+    OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(columns, COLUMNS)
+    tile = tl.program_id(0) // across
+    block = tile // (SEGMENT // ROWS)
+    group = tl.load(segments + 3 * block)
+    if group < num_groups:
+        nth = tile % (SEGMENT // ROWS) * ROWS + tl.arange(0, ROWS)
+        row = tl.load(segments + 3 * block + 1) + nth
+        position = block.to(tl.int64) * SEGMENT + nth
+        end = tl.load(segments + 3 * block + 2)
+        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        here = (row < end)[:, None] & (column < columns)[None, :]
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        dtype: tl.constexpr = gate.dtype.element_ty
+        g = load_wide(gate, at, here)
+        u = load_wide(up, at, here)
+        c = load_wide(cotangent, at, here)
+        s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
+        if tl.min(tl.min(g, 1), 0) < STEEP:
+            s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)
+        # Every segment of a group has the same scales: the first one writes them.
+        before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
+        first = (tile == 0) | ((tile % (SEGMENT // ROWS) == 0) & (before != group))
+        _store_columns(
+            d_gate_of(g, u, c, s, dtype, HARDWARE), gate_data, gate_scale, gate_amax, gate_poisoned,
+            group, position, column, columns, padded_rows, first,
+            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
+        )  # fmt: skip
+        _store_columns(
+            d_up_of(g, c, s, dtype, HARDWARE), up_data, up_scale, up_amax, up_poisoned,
+            group, position, column, columns, padded_rows, first,
+            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
+        )  # fmt: skip
+        _store_columns(
+            hidden_of(g, u, s, dtype, HARDWARE), hidden_data, hidden_scale, hidden_amax, hidden_poisoned,
+            group, position, column, columns, padded_rows, first,
+            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+def _fake(
+    gate: Tensor, up: Tensor, cotangent: Tensor, segments: Tensor,
+    gate_amax: Tensor, gate_poisoned: Tensor, up_amax: Tensor, up_poisoned: Tensor,
+    hidden_amax: Tensor, hidden_poisoned: Tensor, format: str, dtype: torch.dtype, rule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def one() -> tuple[Tensor, Tensor]:
+        return quantize_columns._fake(gate, segments, gate_amax, gate_poisoned, format, dtype, rule)
+
+    return (*one(), *one(), *one())
+
+
+@leaf("swiglu_backward_columns", fake=_fake, vmap=by_loop)
+def _swiglu_backward_columns(
+    gate: Tensor, up: Tensor, cotangent: Tensor, segments: Tensor,
+    gate_amax: Tensor, gate_poisoned: Tensor, up_amax: Tensor, up_poisoned: Tensor,
+    hidden_amax: Tensor, hidden_poisoned: Tensor, format: str, dtype: torch.dtype, rule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate, up, cotangent = gate.contiguous(), up.contiguous(), cotangent.contiguous()
+    maxima = (gate_amax, gate_poisoned, up_amax, up_poisoned, hidden_amax, hidden_poisoned)
+    outs = _fake(gate, up, cotangent, segments, *maxima, format, dtype, rule)
+    num_groups, columns = gate_amax.shape
+    launch = (segments.shape[0] * (SEGMENT // TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS),)
+    if outs[0].numel():
+        _swiglu_backward_columns_kernel[launch](
+            gate, up, cotangent, sigmoid_for(gate),
+            *(x.view(torch.uint8) if x.itemsize == 1 else x for x in outs), *maxima,
+            segments, num_groups, columns, outs[0].shape[1],
+            OUT=TRITON_DTYPES[dtype], **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
+            SEGMENT=SEGMENT, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+    return outs
+
+
+def swiglu_backward_columns(
+    gate: Tensor,
+    up: Tensor,
+    cotangent: Tensor,
+    plan: Plan,
+    d_gate: RowQuantized,
+    d_up: RowQuantized,
+    hidden: RowQuantized,
+    gemm: Gemm,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The gradients of gate and up, and hidden, as :func:`quantize_columns` would give each.
+
+    ``d_gate`` and ``d_up`` are the results of :func:`swiglu_backward_rows`, ``hidden`` that of
+    :func:`swiglu_rows`; only their column maxima are read.
+    """
+    outs = _swiglu_backward_columns(
+        gate, up, cotangent, plan.segments,
+        d_gate.column_amax, d_gate.poisoned, d_up.column_amax, d_up.poisoned,
+        hidden.column_amax, hidden.poisoned, gemm.format, gemm.dtype, gemm.rule,
+    )  # fmt: skip
+    return outs[:2], outs[2:4], outs[4:]
+
+
+def reference(
+    gate: Tensor, up: Tensor, cotangent: Tensor, offs: Tensor,
+    d_gate: RowQuantized, d_up: RowQuantized, hidden: RowQuantized, gemm: Gemm,
+) -> tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
+    """The twin of :func:`swiglu_backward_columns`; it also fills what that leaves unwritten."""
+    values = (*ffn.swiglu_backward(gate, up, cotangent), ffn.swiglu(gate, up))
+    pairs = zip(values, (d_gate, d_up, hidden), strict=True)
+    return tuple(quantize_columns.reference(x, offs, rows, gemm) for x, rows in pairs)

@@ -1,0 +1,188 @@
+"""SwiGLU of gate and up, written as FP8 rows only: what the product with w2 reads.
+
+The fused twin of ``swiglu`` (``ffn.py``) followed by ``quantize_rows``: the same scales, codes and column
+maxima, bit for bit. Hidden itself is never written. Bytes an element of bf16 inputs: 4 read, 1 written,
+1/8 for column maxima; apart they are 4 + 2 + 2 + 1. Lane operations an element, about 45, half of them
+for the sigmoid; the budget at copy speed on an H100 is about 48. So idle lanes cost here, and a row that
+is no power of two is taken in two pieces.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moefp8._leaf import by_loop, leaf
+from moefp8.kernels import ffn, quantize_rows
+from moefp8.kernels._bands import band_rows, empty_bands, healthy_row, reduce_bands
+from moefp8.kernels._fp8 import (
+    INF_BITS,
+    MX_BLOCK,
+    TRITON_DTYPES,
+    encode,
+    encoding,
+    scale_of,
+)
+from moefp8.kernels._pieces import pieces
+from moefp8.kernels._swiglu import flagged_bits, hidden_of, load_wide, sigmoid_at, sigmoid_for
+from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.quantize_rows import RowQuantized
+from moefp8.recipe import Gemm
+
+
+@triton.jit
+def _hidden(gate, up, sigmoid, at, mask, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
+    """Hidden at offsets ``at``, and the bits of its magnitudes."""
+    g = load_wide(gate, at, mask)
+    s = sigmoid_at(g, sigmoid, at, mask, EXACT, HARDWARE)
+    h = hidden_of(g, load_wide(up, at, mask), s, gate.dtype.element_ty, HARDWARE)
+    return h, flagged_bits(h, g, EXACT)
+
+
+@triton.jit
+def _swiglu_rows_kernel(
+    gate, up, sigmoid, data, scale, band_amax, band_poisoned, segments, num_groups, columns,
+    OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    # One program: a band of rows of one group, ROWS at a time, in columns [0, FIRST) and REST more.
+    band = tl.program_id(0)
+    group, start, end = band_rows(segments, band, SEGMENT, BAND)
+    if group < num_groups:
+        column = tl.arange(0, FIRST)
+        inside = column < columns
+        # Codes leave in the layout that values came in, see quantize_rows.py.
+        code_column = tl.max_contiguous(tl.arange(0, FIRST), 8)
+        largest = tl.zeros((FIRST,), tl.int32)
+        if REST:
+            rest_column = FIRST + tl.arange(0, REST)
+            rest_inside = rest_column < columns
+            rest_code_column = tl.max_contiguous(FIRST + tl.arange(0, REST), 8)
+            rest_largest = tl.zeros((REST,), tl.int32)
+        top = tl.full((), 0, tl.int32)
+        for first in range(0, BAND, ROWS):
+            row = start + first + tl.arange(0, ROWS)
+            at = row.to(tl.int64)[:, None] * columns
+            real = (row < end)[:, None]
+            here = real & inside[None, :]
+            h, bits = _hidden(gate, up, sigmoid, at + column[None, :], here, False, HARDWARE)
+            amax = tl.max(bits, 1)
+            if REST:
+                rest_here = real & rest_inside[None, :]
+                rest_h, rest_bits = _hidden(
+                    gate, up, sigmoid, at + rest_column[None, :], rest_here, False, HARDWARE
+                )
+                amax = tl.maximum(amax, tl.max(rest_bits, 1))
+            top = tl.maximum(top, tl.max(amax, 0))
+            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+            code = encode(h * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+            tl.store(data + at + code_column[None, :], code, mask=here)
+            tl.store(scale + row, factor, mask=row < end)
+            if COLUMN_AMAX:
+                largest = tl.maximum(largest, tl.max(bits, 0))
+            if REST:
+                code = encode(rest_h * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+                tl.store(data + at + rest_code_column[None, :], code, mask=rest_here)
+                if COLUMN_AMAX:
+                    rest_largest = tl.maximum(rest_largest, tl.max(rest_bits, 0))
+        tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
+        if COLUMN_AMAX:
+            at = band_amax + band.to(tl.int64) * columns
+            tl.store(at + column, largest, mask=inside)
+            if REST:
+                tl.store(at + rest_column, rest_largest, mask=rest_inside)
+
+
+@triton.jit
+def _repair_kernel(
+    gate, up, sigmoid, data, scale, band_amax, band_poisoned, segments, num_groups, columns,
+    OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Bands that hold a NaN, an infinity, or a gate too steep for the kernel above, once more and row by
+    # row, see quantize_rows.py.
+    band = tl.program_id(0)
+    group, start, end = band_rows(segments, band, SEGMENT, BAND)
+    if (group < num_groups) & (tl.load(band_poisoned + band) != 0):
+        column = tl.arange(0, COLUMNS)
+        top = tl.full((), 0, tl.int32)
+        largest = tl.zeros((COLUMNS,), tl.int32)
+        for first in range(0, BAND, MX_BLOCK):
+            inner = tl.zeros((COLUMNS,), tl.int32)
+            for i in range(MX_BLOCK):
+                row = start.to(tl.int64) + first + i
+                here = column < tl.where(row < end, columns, 0)
+                h, bits = _hidden(gate, up, sigmoid, row * columns + column, here, True, HARDWARE)
+                inner = tl.maximum(inner, bits)
+                healthy_row(
+                    h, data, scale, row, end, columns, here,
+                    OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, COLUMNS,
+                )  # fmt: skip
+            largest = tl.maximum(largest, tl.where(inner < INF_BITS, inner, 0))
+            top = tl.maximum(top, tl.max(inner, 0))
+        tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
+        if COLUMN_AMAX:
+            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=column < columns)
+
+
+def _fake(
+    gate: Tensor,
+    up: Tensor,
+    segments: Tensor,
+    ends: Tensor,
+    format: str,
+    dtype: torch.dtype,
+    rule: str,
+    column_amax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return quantize_rows._fake(gate, segments, ends, format, dtype, rule, column_amax)
+
+
+@leaf("swiglu_rows", fake=_fake, vmap=by_loop)
+def _swiglu_rows(
+    gate: Tensor,
+    up: Tensor,
+    segments: Tensor,
+    ends: Tensor,
+    format: str,
+    dtype: torch.dtype,
+    rule: str,
+    column_amax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    data, scale, amax, poisoned = _fake(gate, up, segments, ends, format, dtype, rule, column_amax)
+    if gate.numel() == 0:
+        return data, scale, amax.zero_(), poisoned.zero_()
+    shape = pieces(gate.shape[1], 2, gate.device)
+    band_amax, band_poisoned = empty_bands(gate, segments, shape.band, column_amax)
+    common = dict(
+        OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
+        **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
+        SEGMENT=SEGMENT, BAND=shape.band, num_warps=shape.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    arguments = (
+        gate, up, sigmoid_for(gate), data.view(torch.uint8), scale, band_amax, band_poisoned, segments,
+        ends.shape[0], gate.shape[1],
+    )  # fmt: skip
+    grid = (band_poisoned.shape[0],)
+    _swiglu_rows_kernel[grid](*arguments, ROWS=shape.rows, FIRST=shape.first, REST=shape.rest, **common)
+    _repair_kernel[grid](*arguments, COLUMNS=shape.padded, **common)
+    if column_amax:
+        amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, shape.band)
+    return data, scale, amax, poisoned
+
+
+def swiglu_rows(gate: Tensor, up: Tensor, plan: Plan, gemm: Gemm, *, column_amax: bool) -> RowQuantized:
+    """Quantise ``silu(gate) * up`` (M, H), grouped by ``plan``, with one scale a row."""
+    return RowQuantized(
+        *_swiglu_rows(gate, up, plan.segments, plan.ends, gemm.format, gemm.dtype, gemm.rule, column_amax)
+    )
+
+
+def reference(gate: Tensor, up: Tensor, offs: Tensor, gemm: Gemm) -> RowQuantized:
+    """The twin of :func:`swiglu_rows`, in torch; it also quantises the rows past ``offs[-1]``."""
+    return quantize_rows.reference(ffn.swiglu(gate, up), offs, gemm)

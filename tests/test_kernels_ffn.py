@@ -1,0 +1,197 @@
+"""The kernels of the fused feed-forward beside their twins, see ``test_kernels.py``: equal bits."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from specs import LAYOUTS
+from test_kernels import DEVICES, FORMATS, ODD_LAYOUTS, draw, same_bits
+
+from moefp8.kernels import (
+    _swiglu,
+    ffn,
+    plan,
+    quantize_columns,
+    swiglu_backward_columns,
+    swiglu_backward_rows,
+    swiglu_rows,
+)
+from moefp8.recipe import Gemm
+
+pytestmark = [
+    # The interpreter computes with NumPy, which warns of what NaN and infinities do in float32.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+# --- the arithmetic --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _arithmetic_kernel(
+    gate, up, cotangent, sigmoid, out, size,
+    DTYPE: tl.constexpr, EXACT: tl.constexpr, HARDWARE: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    here = at < size
+    g = _swiglu.load_wide(gate, at, here)
+    u = _swiglu.load_wide(up, at, here)
+    c = _swiglu.load_wide(cotangent, at, here)
+    s = _swiglu.sigmoid_at(g, sigmoid, at, here, EXACT, HARDWARE)
+    tl.store(out + at, s, mask=here)
+    tl.store(out + size + at, _swiglu.hidden_of(g, u, s, DTYPE, HARDWARE), mask=here)
+    tl.store(out + 2 * size + at, _swiglu.d_gate_of(g, u, c, s, DTYPE, HARDWARE), mask=here)
+    tl.store(out + 3 * size + at, _swiglu.d_up_of(g, c, s, DTYPE, HARDWARE), mask=here)
+
+
+def arithmetic(gate, up, cotangent, *, exact):
+    """Sigmoid, hidden and the gradients of gate and up in float32, by a kernel and by torch."""
+    got = torch.empty(4, gate.numel(), device=gate.device)
+    hardware = gate.device.type == "cuda"
+    dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[gate.dtype]
+    _arithmetic_kernel[(triton.cdiv(gate.numel(), 1024),)](
+        gate, up, cotangent, _swiglu.sigmoid_for(gate), got, gate.numel(),
+        DTYPE=dtype, EXACT=exact, HARDWARE=hardware, ELEMENTS=1024, enable_fp_fusion=False,
+    )  # fmt: skip
+    values = ffn.swiglu(gate, up), *ffn.swiglu_backward(gate, up, cotangent)
+    return got, torch.stack([gate.float().sigmoid(), *(x.float() for x in values)])
+
+
+def all_numbers(dtype, device):
+    """Every number of 16 bits, or for float32 each of those and its neighbours."""
+    codes = torch.arange(-(2**15), 2**15, device=device)
+    if dtype != torch.float32:
+        return codes.to(torch.int16).view(dtype)
+    return (
+        ((codes[:, None] << 16) + torch.arange(-2, 3, device=device)).to(torch.int32).view(dtype).flatten()
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_arithmetic(dtype, exact, device):
+    """Every gate, against random numbers; without ``exact`` where it is not steep."""
+    gate = all_numbers(dtype, device)
+    up, cotangent = (draw(gate.shape, device, dtype=dtype, seed=i) for i in (1, 2))
+    got, want = arithmetic(gate, up, cotangent, exact=exact)
+    valid = torch.ones_like(gate, dtype=torch.bool)
+    if not exact:
+        valid &= ~(gate < _swiglu.STEEP.value)
+    if device == "cpu" and dtype == torch.bfloat16:  # the interpreter widens subnormal ones wrongly
+        valid &= ~((gate != 0) & (gate.abs() < torch.finfo(dtype).tiny))
+    for x, y in zip(got, want, strict=True):
+        same_bits(x[valid], y[valid])
+        assert torch.equal(x[valid].signbit() | x[valid].isnan(), y[valid].signbit() | y[valid].isnan())
+
+
+@pytest.mark.gpu
+def test_sigmoid_of_every_float32():
+    for start in range(-(2**31), 2**31, 2**26):
+        gate = torch.arange(start, start + 2**26, device="cuda").to(torch.int32).view(torch.float32)
+        got, want = arithmetic(gate, gate, gate, exact=True)
+        same_bits(got[0], want[0])
+
+
+# --- the kernels -----------------------------------------------------------------------------------
+
+
+def operands(rows, columns, device, *, dtype=torch.bfloat16, poison=0, steep=False):
+    """Gate, up and the cotangent of hidden."""
+    gate, up, cotangent = (
+        draw((rows, columns), device, dtype=dtype, poison=poison if i == 1 else 0, seed=i) for i in range(3)
+    )
+    gate = gate.clamp(-80, 80)
+    if steep and gate.numel():  # where the sigmoid is subnormal, and where it is zero
+        gate.view(-1)[:: 7 * columns // 5] = -88
+        gate.view(-1)[:: 11 * columns // 5] = -120
+        cotangent.view(-1)[:: 7 * columns // 5] *= 2.0**30
+    return gate, up, cotangent
+
+
+def check_rows(got, want, offs):
+    used = int(offs[-1])
+    same_bits(got.data[:used], want.data[:used])
+    same_bits(got.scale[:used], want.scale[:used])
+    same_bits(got.column_amax, want.column_amax)
+    same_bits(got.poisoned, want.poisoned)
+
+
+def check_all(gate, up, cotangent, offs, gemm):
+    where = plan.plan(offs, gate.shape[0], 128)
+    hidden = swiglu_rows.swiglu_rows(gate, up, where, gemm, column_amax=True)
+    check_rows(hidden, swiglu_rows.reference(gate, up, offs, gemm), offs)
+    rows = swiglu_backward_rows.swiglu_backward_rows(gate, up, cotangent, where, gemm, column_amax=True)
+    wanted = swiglu_backward_rows.reference(gate, up, cotangent, offs, gemm)
+    for got, want in zip(rows, wanted, strict=True):
+        check_rows(got, want, offs)
+
+    end, filled = int(where.ends[-1]), torch.diff(offs, prepend=offs.new_zeros(1)) > 0
+    columns = swiglu_backward_columns.swiglu_backward_columns(
+        gate, up, cotangent, where, *rows, hidden, gemm
+    )
+    wanted = swiglu_backward_columns.reference(gate, up, cotangent, offs, *rows, hidden, gemm)
+    for (data, scale), (want_data, want_scale) in zip(columns, wanted, strict=True):
+        assert data.shape == want_data.shape
+        same_bits(data[:, :end], want_data[:, :end])
+        same_bits(scale[filled], want_scale[filled])
+
+
+CASES = [  # (layout, format, dtype, poison, steep)
+    ("unaligned", "mx", torch.bfloat16, 0, False),
+    ("tail", "row", torch.bfloat16, 3, False),
+    ("empty groups", "e5m2", torch.float16, 0, True),
+    ("single row", "floor", torch.float32, 0, False),
+    ("no rows", "mx", torch.bfloat16, 0, False),
+]
+EVERY_CASE = [
+    (x.name, name, torch.bfloat16, poison, poison > 0)
+    for x in LAYOUTS
+    for name in FORMATS
+    for poison in (0, 5)
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "gemm_format", "dtype", "poison", "steep"),
+    [("cpu", *case) for case in CASES]
+    + [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in CASES + EVERY_CASE],
+)
+def test_swiglu_kernels(device, layout, gemm_format, dtype, poison, steep):
+    layout = next(x for x in LAYOUTS if x.name == layout)
+    tensors = operands(layout.rows, 80, device, dtype=dtype, poison=poison, steep=steep)
+    check_all(*tensors, layout.offs(device), FORMATS[gemm_format])
+
+
+LENGTHS = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (16, 768, 1408, 2048, 5120, 8192, 16400)]
+
+
+@pytest.mark.parametrize(("device", "columns"), [("cpu", 16), ("cpu", 1408), *LENGTHS])
+def test_row_lengths(columns, device):
+    """Every tiling, and a poisoned element at each end of a row."""
+    rows = 500 if device == "cuda" else 2
+    gate, up, cotangent = operands(rows, columns, device, steep=device == "cuda")
+    up[0, 0], up[rows - 1, -1] = float("nan"), float("inf")
+    offs = torch.tensor([rows // 3, rows], dtype=torch.int32, device=device)
+    check_all(gate, up, cotangent, offs, Gemm())
+
+
+def test_columns_are_those_of_the_separate_quantiser(device):
+    """The kernel, not its twin: the fused copy of hidden is what ``quantize_columns`` makes of it."""
+    offs = ODD_LAYOUTS[0].offs(device)
+    gate, up, cotangent = operands(int(offs[-1]), 48, device)
+    where = plan.plan(offs, gate.shape[0], 128)
+    hidden = swiglu_rows.swiglu_rows(gate, up, where, Gemm(), column_amax=True)
+    rows = swiglu_backward_rows.swiglu_backward_rows(gate, up, cotangent, where, Gemm(), column_amax=True)
+    *_, (data, scale) = swiglu_backward_columns.swiglu_backward_columns(
+        gate, up, cotangent, where, *rows, hidden, Gemm()
+    )
+    want = quantize_columns.quantize_columns(ffn.swiglu(gate, up), where, hidden, Gemm())
+    end = int(where.ends[-1])
+    same_bits(data[:, :end], want[0][:, :end])
+    same_bits(scale, want[1])
