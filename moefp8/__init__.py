@@ -8,6 +8,7 @@ from moefp8.groups import generate_jagged_offs
 from moefp8.moe import init_moe_ffn, moe_ffn
 from moefp8.mx import MXArray, dequantize_mx, mx_error_bound, quantize_mx, quantize_mx_jagged
 from moefp8.precision import Explanation, explain, low_precision
+from moefp8.quantized import QuantizedParams, quantize_params
 from moefp8.recipe import (
     BF16,
     FP8_ROWWISE,
@@ -30,6 +31,7 @@ __all__ = [
     "MXArray",
     "MoEConfig",
     "MoEStats",
+    "QuantizedParams",
     "Recipe",
     "Routing",
     "dequantize_mx",
@@ -42,6 +44,7 @@ __all__ = [
     "mx_error_bound",
     "quantize_mx",
     "quantize_mx_jagged",
+    "quantize_params",
     "remat",
     "route",
     "routing_stats",

@@ -62,6 +62,34 @@ class Implementation(NamedTuple):
     quantize_weights: Callable
 
 
+def ffn_requests(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    recipe: Recipe,
+    *,
+    named: bool,
+) -> list[Request]:
+    """What the products of a feed-forward on ``rows`` rows of ``dtype`` ask for, in the order they run."""
+    return [
+        Request(
+            "rows",
+            device,
+            (dtype, weights[i].dtype),
+            recipe,
+            dtype,
+            (rows, weights[i].shape[2]),
+            (weights[i].shape[0], weights[i].shape[2], weights[i].shape[1]),
+            None,
+            has_bias=biases[i] is not None,
+            named=named,
+        )
+        for i in (0, 2, 1)
+    ]
+
+
 def choose(
     wanted: str | Sequence[str] | None, requests: Sequence[Request], registry: dict[str, Implementation]
 ) -> Implementation:

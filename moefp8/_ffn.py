@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
-from moefp8._dispatch import Implementation, Request, choose
+from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
 from moefp8.kernels.ffn import Three
+from moefp8.quantized import QuantizedParams, check_quantized, unchanged
 from moefp8.recipe import Recipe
 
 
@@ -36,6 +37,10 @@ class FFN(NamedTuple):
     has_bias: tuple[bool, bool, bool]
     #: Rows to a token; 0 if x lies sorted.
     copies: int
+    #: Tensors to each weight that was quantised beforehand; 0 if none was.
+    prepared: int
+    #: What the weights are called in errors.
+    where: str
 
     @property
     def products(self) -> Implementation:
@@ -60,18 +65,27 @@ class Operands(NamedTuple):
     offs: Tensor
     source: Tensor | None
     slot: Tensor | None
+    #: The copies of each weight and the sample of ``QuantizedParams``.
+    prepared: tuple[tuple[Tensor, ...], ...] | None
+    sample: Tensor | None
 
     def flat(self) -> tuple[Tensor, ...]:
-        rest = (*self.biases, self.offs, self.source, self.slot)
+        copies = [x for copy in self.prepared or () for x in copy]
+        rest = (*self.biases, self.offs, self.source, self.slot, *copies, self.sample)
         return (self.x, *self.weights, *(t for t in rest if t is not None))
 
     @classmethod
     def unflatten(cls, static: FFN, flat: Sequence[Tensor]) -> "Operands":
         x, w1, w2, w3, *rest = flat
         b1, b2, b3 = (rest.pop(0) if has else None for has in static.has_bias)
-        offs, *routed = rest[: 3 if static.copies else 1]
-        source, slot = routed or (None, None)
-        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot)
+        offs = rest.pop(0)
+        source, slot = (rest.pop(0), rest.pop(0)) if static.copies else (None, None)
+        prepared = sample = None
+        if rest:
+            *copies, sample = rest
+            n = static.prepared
+            prepared = tuple(tuple(copies[i * n : (i + 1) * n]) for i in range(3))
+        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot, prepared, sample)
 
 
 def sum_copies(rows: Tensor, slot: Tensor, copies: int) -> Tensor:
@@ -83,7 +97,10 @@ def sum_copies(rows: Tensor, slot: Tensor, copies: int) -> Tensor:
 
 def _ffn_fwd(static: FFN, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     x = Operands.unflatten(static, flat)
-    out, kept = static.products.ffn_forward(x.x, x.source, x.weights, x.biases, x.offs, static.recipe, None)
+    offs = x.offs if x.sample is None else unchanged(x.offs, *x.weights, x.sample, static.where)
+    out, kept = static.products.ffn_forward(
+        x.x, x.source, x.weights, x.biases, offs, static.recipe, x.prepared
+    )
     return out, (*flat, *kept)
 
 
@@ -91,6 +108,10 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
     count = len(needed)
     flat, kept, g = residuals[:count], residuals[count:-1], residuals[-1]
     x = Operands.unflatten(static, flat)
+    if static.prepared and any(needed[-3 * static.prepared - 1 :]):
+        raise TypeError(
+            "quantized: quantised weights have no gradient, and one is asked for; differentiate params"
+        )
     biases = iter(needed[4:])
     wanted = (*needed[:4], *(next(biases) if has else False for has in static.has_bias))
     dx, *gradients = static.products.ffn_backward(
@@ -112,35 +133,25 @@ def ffn(
     offs: Tensor,
     recipe: Recipe,
     implementation: str | Sequence[str] | None,
+    *,
     routed: Routed | None = None,
+    quantized: QuantizedParams | None = None,
+    where: str = "params",
 ) -> Tensor:
     """The feed-forward of checked ``params`` on sorted rows, or on tokens and how they are ``routed``."""
     weights: Three = (params["w1"], params["w2"], params["w3"])
     biases: Three = (params.get("b1"), params.get("b2"), params.get("b3"))
+    copies, sample = None, None
+    if quantized is not None:
+        check_quantized(quantized, weights, recipe, implementation, where)
+        copies, sample = quantized.copies, quantized.sample
+        implementation = quantized.source.implementation
     rows = x.shape[0] if routed is None else routed.source.shape[0]
-    chosen = choose(implementation, _requests(x, rows, weights, biases, recipe, implementation), REGISTRY)
+    named = implementation is not None
+    requests = ffn_requests(x.device, x.dtype, rows, weights, biases, recipe, named=named)
+    chosen = choose(implementation, requests, REGISTRY)
     b1, b2, b3 = (bias is not None for bias in biases)
-    source, slot, copies = (None, None, 0) if routed is None else routed
-    static = FFN(recipe, chosen.name, (b1, b2, b3), copies)
-    return _ffn(static, *Operands(x, weights, biases, offs, source, slot).flat())
-
-
-def _requests(
-    x: Tensor, rows: int, weights: Three, biases: Three, recipe: Recipe, implementation: Any
-) -> list[Request]:
-    """What the three products ask of an implementation: one has to serve them all."""
-    return [
-        Request(
-            "rows",
-            x.device,
-            (x.dtype, w.dtype),
-            recipe,
-            x.dtype,
-            (rows, w.shape[2]),
-            (w.shape[0], w.shape[2], w.shape[1]),
-            None,
-            has_bias=bias is not None,
-            named=implementation is not None,
-        )
-        for w, bias in ((weights[0], biases[0]), (weights[2], biases[2]), (weights[1], biases[1]))
-    ]
+    source, slot, count = (None, None, 0) if routed is None else routed
+    prepared = len(copies[0]) if copies else 0
+    static = FFN(recipe, chosen.name, (b1, b2, b3), count, prepared, where)
+    return _ffn(static, *Operands(x, weights, biases, offs, source, slot, copies, sample).flat())

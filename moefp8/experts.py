@@ -9,6 +9,7 @@ from torch import Tensor
 from moefp8._ffn import ffn
 from moefp8._operands import check_operand
 from moefp8.groups import check_offs
+from moefp8.quantized import QuantizedParams
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import check_param
 
@@ -20,6 +21,7 @@ def expert_ffn(
     *,
     recipe: Recipe = MXFP8,
     implementation: str | Sequence[str] | None = None,
+    quantized: QuantizedParams | None = None,
 ) -> Tensor:
     """The SwiGLU feed-forward of each expert on its own rows.
 
@@ -38,12 +40,15 @@ def expert_ffn(
         x: ``(M, D)`` rows sorted by expert.
         offs: ``(E,)`` int32 end row of each expert. Rows at and past ``offs[-1]`` give zero.
         recipe, implementation: as for :func:`scaled_grouped_mm`.
+        quantized: the weights as :func:`quantize_params` quantised them, to be read instead of quantising
+            again; gradients are those of ``params``.
 
     Returns:
         ``(M, D)`` of the dtype of ``x``.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as :func:`scaled_grouped_mm`; a missing parameter.
+        TypeError, ValueError, NotImplementedError: as :func:`scaled_grouped_mm`; a missing parameter;
+            ``quantized`` is stale, of other weights, or for another recipe or implementation.
 
     >>> up, down = torch.ones(2, 64, 32), torch.ones(2, 32, 64)
     >>> offs = torch.tensor([2, 5], dtype=torch.int32)
@@ -59,16 +64,21 @@ def expert_ffn(
     num_experts, hidden, _ = params["w1"].shape
     check_ffn(params, (num_experts,), x.shape[1], hidden, recipe, "params", x)
     check_offs(offs, num_experts, x)
-    return ffn(params, x, offs, recipe, implementation)
+    return ffn(params, x, offs, recipe, implementation, quantized=quantized)
 
 
 def shared_ffn(
-    params: Mapping[str, Any], x: Tensor, recipe: Recipe, implementation: str | Sequence[str] | None
+    params: Mapping[str, Any],
+    x: Tensor,
+    recipe: Recipe,
+    implementation: str | Sequence[str] | None,
+    quantized: QuantizedParams | None,
 ) -> Tensor:
     """The same for the one expert that every token goes through: a group of all rows."""
     alone = {key: p.unsqueeze(0) for key, p in params.items()}
     every = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-    return ffn(alone, x, every, recipe, implementation)
+    where = "params['shared']"
+    return ffn(alone, x, every, recipe, implementation, quantized=quantized, where=where)
 
 
 def check_ffn(

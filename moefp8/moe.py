@@ -21,6 +21,7 @@ from moefp8._custom_vjp import custom_vjp
 from moefp8._ffn import Routed, ffn, sum_copies
 from moefp8._operands import check_operand
 from moefp8.experts import check_ffn, shared_ffn
+from moefp8.quantized import QuantizedParams, shared_copies
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import (
     MoEConfig,
@@ -206,6 +207,7 @@ def moe_ffn(
     config: MoEConfig,
     recipe: Recipe = MXFP8,
     implementation: str | Sequence[str] | None = None,
+    quantized: QuantizedParams | None = None,
 ) -> tuple[Tensor, MoEStats]:
     """Dropless Mixture-of-Experts feed-forward layer, as a function of a plain dict.
 
@@ -224,6 +226,8 @@ def moe_ffn(
         x: ``(..., D)`` float32, bfloat16 or float16; float64 if the recipe does not quantise.
         config: a :class:`MoEConfig`.
         recipe, implementation: as for :func:`scaled_grouped_mm`.
+        quantized: the experts' weights as :func:`quantize_params` quantised them, to be read instead of
+            quantising again; gradients are those of ``params``.
 
     Returns:
         ``(y, stats)``: ``y`` of the shape and dtype of ``x``, and :class:`MoEStats`.
@@ -232,7 +236,7 @@ def moe_ffn(
         TypeError: ``x`` or a parameter that is not floating point, or float64 with a recipe that
             quantises.
         ValueError: a field of ``config`` out of range; a missing or unknown parameter, or one of the
-            wrong shape.
+            wrong shape; ``quantized`` is stale, of other weights, or for another recipe or implementation.
         NotImplementedError: the implementation cannot serve the call; second-order or forward-mode
             differentiation.
 
@@ -251,13 +255,14 @@ def moe_ffn(
     if config.scores_on == "input":
         row_weight = _take(_Take(1), weights.reshape(-1, 1), order.source, order.slot)
         rows = (gather_rows(tokens, order, config.top_k) * row_weight).to(x.dtype)
-        rows = ffn(params, rows, order.offs, recipe, implementation)
+        rows = ffn(params, rows, order.offs, recipe, implementation, quantized=quantized)
     else:
         # The gather goes with the feed-forward, which may quantise rows as it copies them.
         routed = Routed(order.source // config.top_k, order.slot, config.top_k)
-        rows = ffn(params, tokens, order.offs, recipe, implementation, routed)
+        rows = ffn(params, tokens, order.offs, recipe, implementation, routed=routed, quantized=quantized)
     y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
     if "shared" in params:
-        y = y + shared_ffn(params["shared"], tokens, recipe, implementation)
+        shared = None if quantized is None else shared_copies(quantized)
+        y = y + shared_ffn(params["shared"], tokens, recipe, implementation, shared)
     return y.reshape(x.shape), routing_stats(routing)

@@ -86,8 +86,8 @@ def test_kernels(name, layout):
 
 
 def test_kernels_interpreted():
-    """One recipe: the interpreter takes half a minute."""
-    check_same_bits(Layout("tail", (5, 0, 9), 2), MXFP8, "triton", torch.float32)
+    """One recipe and one group: the interpreter is slow."""
+    check_same_bits(Layout("tail", (5,), 2), MXFP8, "triton", torch.float32)
 
 
 def test_each_gradient_alone():
