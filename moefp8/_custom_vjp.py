@@ -105,10 +105,14 @@ def custom_vjp(
         # The residuals stay differentiable on purpose. Marked non-differentiable they would hide
         # from an outer grad that they depend on the operands, and second order would be zero.
         ctx.static = inputs[0]
+        # Or autograd fills a tensor of zeros for every residual: as large as the operands.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
-    def backward(ctx: Any, cotangent: Tensor, *_residuals: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Tensor | None, *_residuals: None) -> tuple[Any, ...]:
         needed = tuple(ctx.needs_input_grad[1:])
+        if cotangent is None:  # nothing downstream depends on the result
+            return (None,) * (1 + len(needed))
         return (None, *backward_once.apply(ctx.static, needed, *ctx.saved_tensors, cotangent))
 
     function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
