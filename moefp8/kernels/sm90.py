@@ -18,15 +18,24 @@ from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request
 from moefp8.formats import BLOCK, decode_scale
-from moefp8.kernels.fake_quantize import fake_quantize
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
-from moefp8.kernels.plan import SEGMENT, Plan, plan
+from moefp8.kernels.plan import Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
 from moefp8.kernels.reference import high_precision
+from moefp8.kernels.sm90_ffn import fuse
+from moefp8.kernels.sm90_operands import (
+    contract,
+    equal_groups,
+    exact_operand,
+    exact_weights,
+    in_fp8,
+    is_transposed,
+    weights_both_ways,
+)
 from moefp8.mx import MXArray
 from moefp8.recipe import Gemm, Recipe
 
@@ -36,11 +45,6 @@ _INTERPRETED = triton.knobs.runtime.interpret
 
 
 # --- what can be served --------------------------------------------------------------------------
-
-
-def in_fp8(gemm: Gemm) -> bool:
-    """Multiplied by the FP8 tensor core; the rest goes through bfloat16."""
-    return gemm.format == "row" or (gemm.format == "mx" and gemm.group in (None, -1))
 
 
 def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) -> str | None:
@@ -92,60 +96,6 @@ def refuse(request: Request) -> str | None:
     return next((reason for reason in refusals if reason), None)
 
 
-# --- operands ------------------------------------------------------------------------------------
-
-
-def _equal_groups(num_groups: int, rows: int, device: torch.device) -> Tensor:
-    """Ends of ``num_groups`` groups of ``rows`` rows."""
-    return torch.arange(1, num_groups + 1, dtype=torch.int32, device=device) * rows
-
-
-def _is_transposed(x: Tensor) -> bool:
-    """Whether the last axis but one is the contiguous one, as in a view of the transpose."""
-    return x.stride(-2) == 1 and x.stride(-1) != 1
-
-
-def _as_stored(b: Tensor) -> tuple[Tensor, Plan]:
-    """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows."""
-    stored = (b.mT if _is_transposed(b) else b).contiguous()
-    num_groups, rows, _ = stored.shape
-    return stored, plan(_equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
-
-
-def _quantize_weights(
-    b: Tensor, along_k: Gemm | None, along_n: Gemm | None
-) -> tuple[Weights | None, Weights | None]:
-    """``b`` (G, K, N) quantised along K, for the forward, and along N, for dgrad; either may be None.
-
-    The copy along the axis that is contiguous in memory comes from the row quantiser, the other from
-    the column quantiser.
-    """
-    if along_k is None and along_n is None:
-        return None, None
-    stored, layout = _as_stored(b)
-    flat = stored.flatten(0, 1)
-    last, across = (along_k, along_n) if _is_transposed(b) else (along_n, along_k)
-    by_row = quantize_rows(flat, layout, last or across or Gemm(), column_amax=across is not None)
-    one = Weights(by_row.data, by_row.scale.view(stored.shape[:2])) if last else None
-    other = Weights(*quantize_columns(flat, layout, by_row, across)) if across else None
-    return (one, other) if _is_transposed(b) else (other, one)
-
-
-def _exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
-    """``b`` (G, K, N) rounded to 32-element blocks along ``axis``, in bfloat16, its memory order kept."""
-    if gemm.format == "none":
-        return b
-    stored, layout = _as_stored(b)
-    axis = -3 - axis if _is_transposed(b) else axis
-    rounded = fake_quantize(stored.flatten(0, 1), layout, axis, gemm).view(stored.shape)
-    return rounded.mT if _is_transposed(b) else rounded
-
-
-def _exact(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
-    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
-    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -169,7 +119,7 @@ def rows_forward(
         copies = Weights(*prepared[:2]), Weights(*prepared[2:])
         along_k, along_n = (copy if gemm else None for copy, gemm in zip(copies, in_products, strict=True))
     else:
-        along_k, along_n = _quantize_weights(b, *in_products)
+        along_k, along_n = weights_both_ways(b, *in_products)
     by_row = RowQuantized(none, none, none, none)
     if isinstance(a, MXArray):
         by_row = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
@@ -178,8 +128,8 @@ def rows_forward(
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        exact = _exact(high_precision(a), layout, -1, fwd)
-        out = high_precision_rows(exact, _exact_weights(b, fwd, -2), offs)
+        exact = exact_operand(high_precision(a), layout, -1, fwd)
+        out = high_precision_rows(exact, exact_weights(b, fwd, -2), offs)
     kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
 
@@ -206,7 +156,9 @@ def rows_backward(
         if by_row is not None and in_fp8(dgrad):
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
-            da = high_precision_rows(_exact(g, layout, -1, dgrad), _exact_weights(b, dgrad, -1).mT, offs)
+            da = high_precision_rows(
+                exact_operand(g, layout, -1, dgrad), exact_weights(b, dgrad, -1).mT, offs
+            )
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
         x = high_precision(a)
@@ -215,28 +167,18 @@ def rows_backward(
         if by_row is not None and in_fp8(wgrad):
             left = quantize_columns(x, layout, by_row_a, wgrad)
             right = quantize_columns(g, layout, by_row, wgrad)
-            db = _contract(left, right, layout.ends, dtypes[1], wgrad, b)
+            db = contract(left, right, layout.ends, dtypes[1], wgrad, b)
         else:
-            exact = _exact(x, layout, -2, wgrad)
-            db = high_precision_contraction(exact.mT, _exact(g, layout, -2, wgrad), offs)
+            exact = exact_operand(x, layout, -2, wgrad)
+            db = high_precision_contraction(exact.mT, exact_operand(g, layout, -2, wgrad), offs)
     return da, db
-
-
-def _contract(
-    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor,
-    dtype: torch.dtype, gemm: Gemm, like: Tensor,
-) -> Tensor:  # fmt: skip
-    """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
-    if _is_transposed(like):
-        return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
-    return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
 
 
 def quantize_weights(w: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
     """Codes and scales of ``w`` (G, N, K) along K and along N; empty where a product is not in FP8."""
     fwd, dgrad, _ = recipe
     none = w.new_empty(0)
-    copies = _quantize_weights(w.mT, fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None)
+    copies = weights_both_ways(w.mT, fwd if in_fp8(fwd) else None, dgrad if in_fp8(dgrad) else None)
     return tuple(x for copy in copies for x in copy or (none, none))
 
 
@@ -261,7 +203,7 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
             by_row = quantize_rows(x, layout, gemm, column_amax=True)
             copies.append(quantize_columns(x, layout, by_row, gemm))
         return gemm_contraction(*copies[0], *copies[1], layout.ends, out_dtype, gemm.promote)
-    exact = _exact(left, layout, -2, gemm), _exact(right, layout, -2, gemm)
+    exact = exact_operand(left, layout, -2, gemm), exact_operand(right, layout, -2, gemm)
     return high_precision_contraction(exact[0].mT, exact[1], offs)
 
 
@@ -273,11 +215,11 @@ def dense(
         a = MXArray(a.data[None], a.scale[None], a.axis, a.group) if isinstance(a, MXArray) else a[None]
         return dense(a, b[None], bias, gemm, out_dtype)[0]
     num_groups, m, k = a.shape
-    if not isinstance(a, MXArray) and bias is None and _is_transposed(a):
+    if not isinstance(a, MXArray) and bias is None and is_transposed(a):
         # The contraction runs down the rows of a^T in memory: the other form reads it as it lies.
         tall, wide = a.mT.reshape(-1, m), b.reshape(-1, b.shape[-1])
-        return contraction(tall.mT, wide, _equal_groups(num_groups, k, b.device), gemm, out_dtype)
-    offs = _equal_groups(num_groups, m, b.device)
+        return contraction(tall.mT, wide, equal_groups(num_groups, k, b.device), gemm, out_dtype)
+    offs = equal_groups(num_groups, m, b.device)
     flat: Tensor | MXArray
     if isinstance(a, MXArray):
         flat = MXArray(a.data.reshape(-1, k), a.scale.reshape(-1, 1), -1, a.group)
@@ -288,7 +230,7 @@ def dense(
     return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
 
 
-_FFN = compose(rows_forward, rows_backward, group_sum)
+_FFN = fuse(compose(rows_forward, rows_backward, group_sum))
 
 IMPLEMENTATION = Implementation(
     name="triton",

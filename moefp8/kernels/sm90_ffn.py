@@ -1,0 +1,171 @@
+"""The feed-forward of the experts on Hopper: every tensor quantised once a direction.
+
+Where a recipe multiplies all three products in FP8::
+
+    forward    x        quantize_rows            -> w1 and w3
+               gate, up swiglu_rows              -> w2               hidden is never written
+    backward   g        quantize_rows            -> w2^T             and its columns -> dw2
+               d_hidden swiglu_backward_rows     -> w1^T and w3^T    nor are the gradients of gate and up
+                        swiglu_backward_columns  -> dw1, dw3, dw2
+               x        quantize_columns         -> dw1 and dw3
+
+Kept for the backward are gate and up, and maxima. The copy of x along its rows, and the copies of the
+weights for dgrad, are made in the backward: they cost the same there, and the forward keeps neither
+them nor, without a backward, pays for them. Other recipes run the three products one by one
+(``ffn.compose``), whose bits these are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moefp8.kernels import ffn
+from moefp8.kernels.ffn import Composed, Three
+from moefp8.kernels.gemm import Weights, gemm_rows, tile_rows
+from moefp8.kernels.group_sum import group_sum
+from moefp8.kernels.plan import Plan, plan
+from moefp8.kernels.quantize_columns import quantize_columns
+from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
+from moefp8.kernels.sm90_operands import (
+    as_stored,
+    contract,
+    in_fp8,
+    is_transposed,
+)
+from moefp8.kernels.swiglu_backward_columns import swiglu_backward_columns
+from moefp8.kernels.swiglu_backward_rows import swiglu_backward_rows
+from moefp8.kernels.swiglu_rows import swiglu_rows
+from moefp8.recipe import Recipe
+
+
+def _for_forward(
+    w: Tensor, recipe: Recipe, prepared: Sequence[Tensor]
+) -> tuple[Weights, tuple[Tensor, Tensor]]:
+    """``w`` (G, N, K) quantised along K, and what :func:`_for_backward` makes the copy along N of."""
+    if prepared:
+        return Weights(*prepared[:2]), (prepared[2], prepared[3])
+    stored, layout = as_stored(w.mT)
+    rows = stored.flatten(0, 1)
+    if is_transposed(w.mT):
+        by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
+        along_k = Weights(by_row.data, by_row.scale.view(stored.shape[:2]))
+        return along_k, (by_row.column_amax, by_row.poisoned)
+    # Rows in memory run along N: that copy comes first, and is there already.
+    by_row = quantize_rows(rows, layout, recipe.dgrad, column_amax=True)
+    along_k = Weights(*quantize_columns(rows, layout, by_row, recipe.fwd))
+    return along_k, (by_row.data, by_row.scale.view(stored.shape[:2]))
+
+
+def _for_backward(w: Tensor, kept: Sequence[Tensor], recipe: Recipe) -> Weights:
+    """``w`` (G, N, K) quantised along N."""
+    if kept[0].dtype != torch.int32:
+        return Weights(*kept)
+    stored, layout = as_stored(w.mT)
+    maxima = _maxima(kept)
+    return Weights(*quantize_columns(stored.flatten(0, 1), layout, maxima, recipe.dgrad))
+
+
+def _maxima(kept: Sequence[Tensor]) -> RowQuantized:
+    """Column maxima and poison, the two fields that column quantisers read."""
+    return RowQuantized(kept[0], kept[0], *kept)
+
+
+def _served(recipe: Recipe) -> bool:
+    return all(in_fp8(gemm) for gemm in recipe)
+
+
+def fuse(composed: Composed) -> Composed:
+    """The fused feed-forward, and ``composed`` for recipes that it does not serve."""
+
+    def forward(
+        x: Tensor,
+        source: Tensor | None,
+        weights: Three,
+        biases: Three,
+        offs: Tensor,
+        recipe: Recipe,
+        prepared: Sequence[Sequence[Tensor]] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not _served(recipe):
+            return composed.forward(x, source, weights, biases, offs, recipe, prepared)
+        rows = ffn.gather(x, source)
+        layout = plan(offs, rows.shape[0], tile_rows(x.device))
+        copies = prepared or ((), (), ())
+        (w1, kept1), (w2, kept2), (w3, kept3) = (
+            _for_forward(w, recipe, copy) for w, copy in zip(weights, copies, strict=True)
+        )
+
+        def product(a: RowQuantized, w: Weights, bias: Tensor | None) -> Tensor:
+            return gemm_rows(a.data, a.scale, w, layout.tiles, bias, x.dtype, recipe.fwd.promote)
+
+        by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
+        gate, up = product(by_row, w1, biases[0]), product(by_row, w3, biases[2])
+        hidden = swiglu_rows(gate, up, layout, recipe.fwd, column_amax=True)
+        out = product(hidden, w2, biases[1])
+        maxima = (by_row.column_amax, by_row.poisoned, hidden.column_amax, hidden.poisoned)
+        return out, (gate, up, *layout, *maxima, *kept1, *kept2, *kept3)
+
+    def backward(
+        kept: Sequence[Tensor],
+        x: Tensor,
+        source: Tensor | None,
+        weights: Three,
+        biases: Three,
+        offs: Tensor,
+        g: Tensor,
+        recipe: Recipe,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        if not _served(recipe):
+            return composed.backward(kept, x, source, weights, biases, offs, g, recipe, needed)
+        _, dgrad, wgrad = recipe
+        gate, up = kept[:2]
+        layout, x_maxima, hidden_maxima = Plan(*kept[2:5]), _maxima(kept[5:7]), _maxima(kept[7:9])
+        x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed = needed
+
+        def product(rows: RowQuantized, i: int) -> Tensor:
+            w = _for_backward(weights[i], kept[9 + 2 * i : 11 + 2 * i], recipe)
+            return gemm_rows(rows.data, rows.scale, w, layout.tiles, None, x.dtype, dgrad.promote)
+
+        def weight_gradient(i: int, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+            w = weights[i]
+            return contract(left, right, layout.ends, w.dtype, wgrad, w.mT).mT
+
+        def bias_gradient(i: int, cotangent: Tensor) -> Tensor:
+            return group_sum(cotangent, offs).to(biases[i].dtype)
+
+        dx = dw1 = dw2 = dw3 = db1 = db3 = None
+        db2 = bias_gradient(1, g) if b2_needed else None
+        any_weight = w1_needed or w2_needed or w3_needed
+        through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
+        if not (through or w2_needed):
+            return dx, dw1, dw2, dw3, db1, db2, db3
+        by_row = quantize_rows(g, layout, dgrad, column_amax=w2_needed)
+        if through:
+            d_hidden = product(by_row, 1)
+            d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
+            if any_weight:
+                gate_columns, up_columns, hidden_columns = swiglu_backward_columns(
+                    gate, up, d_hidden, layout, d_gate, d_up, hidden_maxima, wgrad
+                )
+            if b1_needed or b3_needed:  # sums of what is nowhere written
+                for_gate, for_up = ffn.swiglu_backward(gate, up, d_hidden)
+                db1 = bias_gradient(0, for_gate) if b1_needed else None
+                db3 = bias_gradient(2, for_up) if b3_needed else None
+                del for_gate, for_up
+            del d_hidden  # memory that the rest can use
+            if x_needed:
+                dx = product(d_gate, 0) + product(d_up, 2)
+            del d_gate, d_up
+        else:
+            hidden_columns = quantize_columns(ffn.swiglu(gate, up), layout, hidden_maxima, wgrad)
+        if w2_needed:
+            dw2 = weight_gradient(1, hidden_columns, quantize_columns(g, layout, by_row, wgrad))
+        if w1_needed or w3_needed:
+            x_columns = quantize_columns(ffn.gather(x, source), layout, x_maxima, wgrad)
+            dw1 = weight_gradient(0, x_columns, gate_columns) if w1_needed else None
+            dw3 = weight_gradient(2, x_columns, up_columns) if w3_needed else None
+        return dx, dw1, dw2, dw3, db1, db2, db3
+
+    return Composed(forward, backward)

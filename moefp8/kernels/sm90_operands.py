@@ -1,0 +1,77 @@
+"""Operands of the products on Hopper: weights both ways, and what the bfloat16 product reads."""
+
+import torch
+from torch import Tensor
+
+from moefp8.kernels.fake_quantize import fake_quantize
+from moefp8.kernels.gemm import Weights, gemm_contraction
+from moefp8.kernels.plan import SEGMENT, Plan, plan
+from moefp8.kernels.quantize_columns import quantize_columns
+from moefp8.kernels.quantize_rows import quantize_rows
+from moefp8.recipe import Gemm
+
+
+def in_fp8(gemm: Gemm) -> bool:
+    """Multiplied by the FP8 tensor core; the rest goes through bfloat16."""
+    return gemm.format == "row" or (gemm.format == "mx" and gemm.group in (None, -1))
+
+
+def equal_groups(num_groups: int, rows: int, device: torch.device) -> Tensor:
+    """Ends of ``num_groups`` groups of ``rows`` rows."""
+    return torch.arange(1, num_groups + 1, dtype=torch.int32, device=device) * rows
+
+
+def is_transposed(x: Tensor) -> bool:
+    """Whether the last axis but one is the contiguous one, as in a view of the transpose."""
+    return x.stride(-2) == 1 and x.stride(-1) != 1
+
+
+def as_stored(b: Tensor) -> tuple[Tensor, Plan]:
+    """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows."""
+    stored = (b.mT if is_transposed(b) else b).contiguous()
+    num_groups, rows, _ = stored.shape
+    return stored, plan(equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
+
+
+def weights_both_ways(
+    b: Tensor, along_k: Gemm | None, along_n: Gemm | None
+) -> tuple[Weights | None, Weights | None]:
+    """``b`` (G, K, N) quantised along K, for the forward, and along N, for dgrad; either may be None.
+
+    The copy along the axis that is contiguous in memory comes from the row quantiser, the other from
+    the column quantiser.
+    """
+    if along_k is None and along_n is None:
+        return None, None
+    stored, layout = as_stored(b)
+    flat = stored.flatten(0, 1)
+    last, across = (along_k, along_n) if is_transposed(b) else (along_n, along_k)
+    by_row = quantize_rows(flat, layout, last or across or Gemm(), column_amax=across is not None)
+    one = Weights(by_row.data, by_row.scale.view(stored.shape[:2])) if last else None
+    other = Weights(*quantize_columns(flat, layout, by_row, across)) if across else None
+    return (one, other) if is_transposed(b) else (other, one)
+
+
+def exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
+    """``b`` (G, K, N) rounded to 32-element blocks along ``axis``, in bfloat16, its memory order kept."""
+    if gemm.format == "none":
+        return b
+    stored, layout = as_stored(b)
+    axis = -3 - axis if is_transposed(b) else axis
+    rounded = fake_quantize(stored.flatten(0, 1), layout, axis, gemm).view(stored.shape)
+    return rounded.mT if is_transposed(b) else rounded
+
+
+def exact_operand(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
+    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
+
+
+def contract(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor,
+    dtype: torch.dtype, gemm: Gemm, like: Tensor,
+) -> Tensor:  # fmt: skip
+    """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
+    if is_transposed(like):
+        return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
+    return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
