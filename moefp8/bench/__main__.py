@@ -94,17 +94,18 @@ def parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         return sub
 
-    def products(sub: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
+    def products(sub: argparse.ArgumentParser, recipes: Sequence[str], *, promote: bool = True) -> None:
         sub.add_argument(
             "--recipe",
             choices=list(PRESETS),
             action="append",
             help=f"repeatable (default: {', '.join(recipes)})",
         )
-        sub.add_argument(
-            "--promote", type=interval, action="append", default=[], metavar="N",
-            help="repeatable: add the recipes with this promotion interval, or never",
-        )  # fmt: skip
+        if promote:
+            sub.add_argument(
+                "--promote", type=interval, action="append", default=[], metavar="N",
+                help="repeatable: add the recipes with this promotion interval, or never",
+            )  # fmt: skip
         sub.add_argument(
             "--implementation", choices=list(REGISTRY), help="of moefp8 (default: the first that serves)"
         )
@@ -119,6 +120,17 @@ def parser() -> argparse.ArgumentParser:
         help="repeatable: promotion intervals, or never (128)",
     )  # fmt: skip
     command("quantize", "The quantisers beside a copy.", shapes=True)
+    layers = command("moe-layer", "The whole MoE layer beside the same one in bfloat16.", shapes=False)
+    products(layers, ["mxfp8", "fp8_rowwise"], promote=False)
+    layers.add_argument(
+        "--layer",
+        action="append",
+        metavar="NAME",
+        help="repeatable: layers with NAME in their name",
+    )
+    layers.add_argument("--tokens", type=positive, help="instead of the published number")
+    layers.add_argument("--auto", action="store_true", help="add recipe='auto'")
+    layers.add_argument("--compile", action="store_true", help="compile this library's layer as well")
     accuracy = command("accumulation", "Bias of long sums, and SQNR by distribution.", shapes=False)
     products(accuracy, ["mxfp8", "fp8_rowwise", "mxfp8_exact"])
     accuracy.add_argument(
@@ -166,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "moefp8.bench", *(sys.argv[1:] if argv is None else argv)])
     if args.command == "accumulation":
         commands.accumulation(args, device, command)
+    elif args.command == "moe-layer":
+        commands.layer(args, device, command)
     else:
         runs = {"grouped-mm": commands.grouped_mm, "gemm": commands.products, "quantize": commands.quantize}
         runs[args.command](args, problems_of(args, device), device, command)

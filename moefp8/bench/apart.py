@@ -5,7 +5,6 @@ autograd that no signal reaches. So its first call is made in another process, w
 which leaves what it compiled and tuned in Triton's caches on disk for the call that is measured.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,15 +18,13 @@ from typing import Any
 #: Makes Triton keep the outcome of tuning on disk; read where kernels are defined.
 TUNING_CACHE = "TRITON_CACHE_AUTOTUNING"
 
-_CHILD = "import sys; from moefp8.bench.apart import child; child(*sys.argv[1:])"
-
-
-def child(function: str, argument: str) -> None:
-    """What the other process does: call ``module:function``, and fail with the reason that it returns."""
-    module, name = function.split(":")
-    reason = getattr(importlib.import_module(module), name)(**json.loads(argument))
-    if reason is not None:
-        sys.exit(reason)
+_CHILD = """
+import importlib, json, sys
+module, name = sys.argv[1].split(":")
+reason = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+if reason is not None:
+    sys.exit(reason)
+"""
 
 
 def call_apart(function: str, argument: dict[str, Any], seconds: float) -> str | None:

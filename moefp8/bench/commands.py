@@ -6,18 +6,20 @@ from collections.abc import Sequence
 import torch
 
 from moefp8.bench import accumulation as acc
-from moefp8.bench import gemm, promotion, report
+from moefp8.bench import gemm, moe_layer, promotion, report
 from moefp8.bench import grouped_mm as gmm
 from moefp8.bench import quantize as quant
 from moefp8.bench.candidates import Candidate, chosen, named_recipes, ours
 from moefp8.bench.ceilings import measure_ceilings
+from moefp8.bench.layers import LAYERS, SMALL_LAYERS
 from moefp8.bench.peers import peers
 from moefp8.bench.problem import PUBLISHED, SMALL, Problem
 from moefp8.bench.session import Bar, Session
+from moefp8.recipe import PRESETS, Recipe
 
 #: Numbers of the other two axes of a long contraction, and the shape of the SQNR products.
 BIAS_SIZE = {"cuda": 512, "cpu": 64}
-SQNR_PROBLEM = {"cuda": Problem(4096, 4096, 4096, 1), "cpu": Problem(256, 512, 256, 1)}
+SQNR_PROBLEM = {"cuda": Problem(4096, 4096, 4096, 1), "cpu": Problem(128, 256, 128, 1)}
 #: Where the speed of promotion intervals is measured: Llama4, 8 experts.
 PROMOTION_PROBLEM = {"cuda": PUBLISHED[3], "cpu": SMALL[0]}
 
@@ -197,3 +199,41 @@ def accumulation(args: argparse.Namespace, device: torch.device, command: str) -
             )
 
     session.run(total, measure, show)
+
+
+def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
+    """The table of whole layers, its JSON, and pictures of speed and of where the time goes."""
+    session = Session(args, device, command)
+    published = LAYERS if device.type == "cuda" else SMALL_LAYERS
+    problems = [p for p in published if args.layer is None or any(n in p.name for n in args.layer)]
+    if not problems:
+        raise SystemExit(f"--layer: expected a part of one of {[p.name for p in published]}")
+    if args.tokens is not None:
+        problems = [problem._replace(tokens=args.tokens) for problem in problems]
+    recipes: dict[str, Recipe | str] = {name: PRESETS[name] for name in args.recipe or args.recipes}
+    if args.auto:
+        recipes["auto"] = "auto"
+    own = moe_layer.ours(recipes, args.implementation, args.compile)
+    candidates = session.kept([*moe_layer.baselines(), *own])
+    rows: list[moe_layer.Row] = session.rows
+
+    def measure(bar: Bar) -> None:
+        for i, problem in enumerate(problems):
+            bar.at(i / len(problems), problem.name)
+            rows.extend(
+                moe_layer.measure_layer(
+                    problem, candidates, session.timer, args.repeats, bar.advance, session.console.print
+                )
+            )
+            gmm.release(device)
+
+    def show() -> None:
+        report.show_measured(session.console, rows)
+        report.show_parts(session.console, rows)
+        session.console.print(report.MOE_LAYER_LEGEND, style="dim", highlight=False)
+        if args.png is not None and rows:
+            from moefp8.bench import plots
+
+            session.written(plots.layers(args.png, rows), plots.where(session.beside("where"), rows))
+
+    session.run(len(problems) * len(moe_layer.LAYOUTS) * len(candidates) * args.repeats, measure, show)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: a benchmark runs where there is no display
 
-from moefp8.bench import accumulation, gemm, grouped_mm, quantize
+from moefp8.bench import accumulation, gemm, grouped_mm, moe_layer, quantize
 from moefp8.bench import promotion as promotion_
 from moefp8.bench.ceilings import Ceilings
 from moefp8.bench.peers import BASELINE
 from moefp8.bench.problem import Problem
+from moefp8.bench.where import PARTS
 
 #: Figures of one place (a shape, a distribution), by series.
 Series = dict[str, list[float]]
@@ -171,4 +172,35 @@ def promotion(path: Path, rows: Sequence[promotion_.Row]) -> Path:
     axes.set_xlabel(f"|bias| at a contraction of {longest}, % (positive data; 0.001 or less at the left)")
     axes.set_ylabel("speed over cuBLAS FP8, precise" if own == "over_precise" else "FLOP/s")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def layers(path: Path, rows: Sequence[moe_layer.Row]) -> Path:
+    """Speed of every candidate over the faster bfloat16 layer."""
+    baselines = (moe_layer.EAGER, moe_layer.COMPILED)
+    measured = [row for row in rows if "speedup" in row.figures and row.candidate not in baselines]
+    at: dict[tuple[str, str], dict[str, float]] = {}
+    for row in measured:
+        at.setdefault((row.problem.name, row.layout), {})[row.candidate] = row.figures["speedup"]
+    names = dict.fromkeys(row.candidate for row in measured)
+    series = {name: [place.get(name, math.nan) for place in at.values()] for name in names}
+    return _bars(path, ["\n".join(place) for place in at], series, "speed over the bf16 layer", ".2f")
+
+
+def where(path: Path, rows: Sequence[moe_layer.Row]) -> Path:
+    """Stacked bars of device time by part, layer by layer."""
+    profiled = [row for row in rows if row.parts]
+    figure, axes = _axes(8.0, 1.2 + 0.32 * len(profiled))
+    labels = [f"{row.problem.name}: {row.candidate}" for row in profiled]
+    left = np.zeros(len(profiled))
+    for part in PARTS:
+        widths = np.array([1e3 * row.parts[part] for row in profiled])
+        axes.barh(labels, widths, left=left, label=part, height=0.7)
+        left += widths
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("milliseconds of device time, forward and backward")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return _save(figure, path)

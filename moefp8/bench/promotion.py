@@ -52,8 +52,8 @@ def measure_promotion(
                 if source.refuse(long, timer.device, contraction) is None:
                     timer.beat()
                     for name, steps in source.build(operands).items():
-                        value = steps[product]().double().view_as(exact)
-                        relative = ((value - exact).sum() / exact.sum()).item()
+                        total = steps[product]().double().sum()
+                        relative = (total / exact.sum() - 1).item()
                         bias.setdefault((name, product), {})[contraction] = relative
     intervals = {ours_name(promote): promote for promote in promotes}
     return [

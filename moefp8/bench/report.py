@@ -15,8 +15,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moefp8.bench import accumulation, promotion
+from moefp8.bench import accumulation, moe_layer, promotion
 from moefp8.bench.ceilings import Ceilings
+from moefp8.bench.where import PARTS
 
 
 class AsJson(Protocol):
@@ -116,6 +117,11 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "copy_share": ("of copy", _percent),
     "limit_share": ("of limit", _percent),
     "over_equal": ("time over equal groups", lambda x: f"{100 * (x - 1):+.1f} %"),
+    "kept_bytes": ("kept by experts", lambda x: f"{x / 2**30:.2f} GiB"),
+    "kept_bytes_ratio": ("over bf16's", "{:.2f}x".format),
+    "peak_bytes": ("peak", lambda x: f"{x / 2**30:.2f} GiB"),
+    "peak_bytes_ratio": ("over bf16's", "{:.2f}x".format),
+    "over_balanced": ("time over balanced", lambda x: f"{100 * (x - 1):+.1f} %"),
     "first_call_s": ("first call, s", "{:.2g}".format),
 }
 
@@ -169,6 +175,10 @@ def show_missing(console: Console, reasons: Sequence[tuple[str, str | None]]) ->
 GEMM_LEGEND = """\
 Operands quantised beforehand. Over precise, over fast: speed over dense cuBLAS FP8 with that accumulator
 on as many operations, medians over rounds in which all candidates take turns."""
+MOE_LAYER_LEGEND = """\
+Forward and the gradients of tokens and all parameters; medians over rounds in which all candidates take
+turns. over bf16: speed over the faster of the bfloat16 baselines. kept by experts: bytes that the expert
+feed-forward saves for its backward, weights apart. peak: most memory that a step adds to its operands."""
 EXPOSED = "+ waits for the device inside the step, so its time includes launching."
 GROUPED_MM_LEGEND = """\
 Medians; ratios are medians over rounds in which all candidates take turns.
@@ -176,6 +186,20 @@ Medians; ratios are medians over rounds in which all candidates take turns.
 of FP8 peak: rate over that of dense cuBLAS FP8 with precise accumulation in the same rounds.
 of copy: least bytes that must move, over the time, over the copy speed.
 of limit: products at that FP8 peak plus quantisers at copy speed, over the time."""
+
+
+def show_parts(console: Console, rows: Sequence[moe_layer.Row]) -> None:
+    """Where the time of one profiled call goes, in milliseconds of device time."""
+    for place in dict.fromkeys(row.place for row in rows if row.parts):
+        title = f"{place}: milliseconds by part"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("", no_wrap=True)
+        for part in PARTS:
+            table.add_column(part, justify="right")
+        for row in rows:
+            if row.place == place and row.parts:
+                table.add_row(row.candidate, *(_milliseconds(row.parts[part]) for part in PARTS))
+        console.print(table)
 
 
 def show_accumulation(console: Console, rows: Sequence[accumulation.Row]) -> None:
