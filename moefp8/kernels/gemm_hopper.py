@@ -1,23 +1,26 @@
-"""The grouped FP8 GEMM for Hopper, in Gluon: one producer warp, three consumer warpgroups.
+"""The grouped FP8 GEMM for Hopper, in Gluon: one producer warp, two consumer warpgroups.
 
     rows         out[i] = sa[i] sb[g] (A[i] . B[g]) + bias[g]      rows i of group g; A, B along K
     contraction  out[g] = sa[g] sb[g] (A[:, t] . B[:, t])          t in segment g
 
-A thread block owns a tile of 192 x 128 and goes on to the next until there are no more (persistent).
+A thread block owns a tile of 128 x 256 and goes on to the next until there are no more (persistent).
 One warp fetches 128 of the contraction at a time through TMA into a ring of four buffers; each
 consumer multiplies 64 rows of it. Hopper's accumulator keeps some 14 bits, so every product of 128
-goes into a fresh one and is then added to float32 registers (``promote``). While one warpgroup adds,
-the other two keep the tensor core busy: promotion is free in this form, where it costs a kernel of
-one role a quarter of its speed.
+goes into a fresh one and is then added to float32 registers (``promote``). A consumer does so in two
+pieces of 128 columns: 128 registers of sums and 64 of a product fit, 256 would not. While one adds,
+the other keeps the tensor core busy.
 
-Per step and block: 40 KB fetched, 2 * 192 * 128 * 128 operations, 154 operations a byte. Without any
-reuse in L2 the card's 3 TB/s would feed 460 TFLOP/s; bands of eight row tiles let L2 serve most of it.
-Shared memory: 4 * (192 + 128) * 128 + 3 * 64 * 128 * 2 bytes = 213 KB of 227.
+Per step and block: 48 KB fetched, 2 * 128 * 256 * 128 operations, 171 operations a byte: at 1300 TFLOP/s
+that is 7.6 TB/s, close to what L2 gives, so the tile's shape decides. 192 x 128 with three consumers
+(154 operations a byte) is 4 to 8 % slower. Bands of eight row tiles let L2 serve most of it; without
+any reuse there the card's 3 TB/s would feed 510 TFLOP/s.
+Shared memory: 4 * (128 + 256) * 128 + 2 * 64 * 128 * 2 bytes = 224 KB of 227.
 
 This is the only file that uses Gluon, whose names move between Triton releases; where it cannot be
 imported, ``gemm.py`` says so and uses the portable kernel.
 """
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,8 +35,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
 
-#: Rows to a consumer warpgroup and number of them, columns of a tile, contraction to a step.
-_ROWS, _CONSUMERS, _COLUMNS, _STEP = 64, 3, 128, 128
+#: Rows to a consumer warpgroup and number of them, columns of a piece, contraction to a step.
+_ROWS, _CONSUMERS, _COLUMNS, _STEP = 64, 2, 128, 128
 TILE_ROWS = _ROWS * _CONSUMERS
 #: Steps in flight: four fill the shared memory that the output tile leaves.
 _STAGES = 4
@@ -50,18 +53,18 @@ TILE = gl.constexpr(TILE_ROWS)
 
 
 @gluon.jit
-def _produce(shape, lists, rings, a_desc, b_desc, CONTRACTION: gl.constexpr):
+def _produce(shape, lists, rings, a_desc, b_desc, CONTRACTION: gl.constexpr, WIDTH: gl.constexpr):
     a_ring, b_ring, full, empty = rings
     tiles, ends = lists
     step = 0
     for t in range(gl.program_id(0), shape[0] * shape[1], gl.num_programs(0)):
         _, _, a_row, b_row, a_at, b_at, steps, _, _ = locate(
-            t, shape, tiles, ends, CONTRACTION, TILE, COLUMNS, STEP, BAND
+            t, shape, tiles, ends, CONTRACTION, TILE, WIDTH, STEP, BAND
         )
         for k in range(steps):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
-            mbarrier.expect(full.index(slot), (TILE + COLUMNS) * STEP)
+            mbarrier.expect(full.index(slot), (TILE + WIDTH) * STEP)
             for c in gl.static_range(CONSUMERS):
                 load_tile(
                     a_desc, [a_row + c * ROWS, a_at + k * STEP],
@@ -78,86 +81,119 @@ def _store(c, out, row, n, columns, c_end):
 
 
 @gluon.jit
+def _multiply(rings, slot, PIECE: gl.constexpr, acc, WARPGROUP: gl.constexpr, FRESH: gl.constexpr):
+    """One step's product with the columns of a piece, into ``acc`` or a fresh accumulator; it runs on."""
+    a_ring, b_ring, _, _ = rings
+    b = b_ring.index(slot).slice(PIECE * COLUMNS, COLUMNS, 0).permute((1, 0))
+    a = a_ring.index(slot * CONSUMERS + WARPGROUP)
+    return warpgroup_mma(a, b, acc, use_acc=not FRESH, is_async=True)
+
+
+@gluon.jit
+def _finish(
+    acc, column, group, steps, c_row, c_end, shape, result, layout: gl.constexpr,
+    BIAS: gl.constexpr, TMA_STORE: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """Scale a piece, add the bias and store it."""
+    c_desc, c_tiles, c, a_scale, b_scale, bias, bias_stride = result
+    num_groups, columns = shape[2], shape[4]
+    across: gl.constexpr = gl.SliceLayout(0, layout)
+    one_each: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    row = c_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    mine = column + gl.arange(0, COLUMNS, one_each)
+    # Loaded before the products, to arrive while they run, scales cost 3 to 4 % of the speed.
+    # A tile without steps multiplies nothing, and its scales may never have been written.
+    sa = gl.load(a_scale + row, mask=row < gl.where(steps > 0, c_end, 0), other=0.0)
+    sb = gl.load(b_scale + group * columns + mine, mask=mine < gl.where(steps > 0, columns, 0), other=0.0)
+    if BIAS:
+        biased = gl.where(group < num_groups, columns, 0)
+        added = gl.load(bias + group * bias_stride + mine, mask=mine < biased, other=0.0)
+        added = added.to(gl.float32)
+    acc = acc * gl.expand_dims(sa, 1) * gl.expand_dims(gl.convert_layout(sb, across), 0)
+    if BIAS:
+        acc = acc + gl.expand_dims(gl.convert_layout(added, across), 0)
+    out = acc.to(c.dtype.element_ty)
+    if TMA_STORE:
+        if c_row + ROWS <= c_end:
+            tile = c_tiles.index(WARPGROUP)
+            tma.store_wait(0)
+            tile.store(out)
+            fence_async_shared()
+            store_tile(c_desc, [c_row, column], tile)
+        else:  # the tile ends inside this warpgroup: do not write into the next group
+            _store(c, out, row, column + gl.arange(0, COLUMNS, across), columns, c_end)
+    else:
+        _store(c, out, row, column + gl.arange(0, COLUMNS, across), columns, c_end)
+
+
+@gluon.jit
 def _consume(
     shape, lists, rings, result, CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr,
-    TMA_STORE: gl.constexpr, WARPGROUP: gl.constexpr,
+    TMA_STORE: gl.constexpr, WIDTH: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    a_ring, b_ring, full, empty = rings
     tiles, ends = lists
-    c_desc, c_tiles, c, a_scale, b_scale, bias, bias_stride = result
+    full, empty = rings[2], rings[3]
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 32]
     )
-    across: gl.constexpr = gl.SliceLayout(0, layout)
-    one_each: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    num_groups = shape[2]
-    columns = shape[4]
     step = 0
     for t in range(gl.program_id(0), shape[0] * shape[1], gl.num_programs(0)):
         group, column, _, _, _, _, steps, c_row, c_end = locate(
-            t, shape, tiles, ends, CONTRACTION, TILE, COLUMNS, STEP, BAND
+            t, shape, tiles, ends, CONTRACTION, TILE, WIDTH, STEP, BAND
         )
         c_row = c_row + WARPGROUP * ROWS
-        row = c_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        mine = column + gl.arange(0, COLUMNS, one_each)
-        acc = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-        if PROMOTE == 1:
+        left = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+        right = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+        if PROMOTE == 0:  # never: one step's products behind the release of its buffer
+            for k in range(steps):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), step // STAGES & 1)
+                left = _multiply(rings, slot, 0, left, WARPGROUP, False)
+                right = _multiply(rings, slot, 1, right, WARPGROUP, False)
+                left, right = warpgroup_mma_wait(2, deps=(left, right))
+                if k > 0:
+                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+                step += 1
+            left, right = warpgroup_mma_wait(0, deps=(left, right))
+            if steps > 0:
+                mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        elif PROMOTE == 1:
             for _ in range(steps):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), step // STAGES & 1)
                 part = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-                part = warpgroup_mma(
-                    a_ring.index(slot * CONSUMERS + WARPGROUP), b_ring.index(slot).permute((1, 0)), part,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
+                part = _multiply(rings, slot, 0, part, WARPGROUP, True)
+                part = warpgroup_mma_wait(0, deps=(part,))
+                left = left + part
+                part = _multiply(rings, slot, 1, part, WARPGROUP, True)
                 part = warpgroup_mma_wait(0, deps=(part,))
                 mbarrier.arrive(empty.index(slot), count=1)
-                acc = acc + part
+                right = right + part
                 step += 1
-        else:  # several steps into one accumulator, one product behind the release of its buffer
+        else:  # several steps into one accumulator; the registers allow one piece
             for first in range(0, steps, PROMOTE):
                 part = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
                 for k in range(first, gl.minimum(first + PROMOTE, steps)):
                     slot = step % STAGES
                     mbarrier.wait(full.index(slot), step // STAGES & 1)
-                    part = warpgroup_mma(
-                        a_ring.index(slot * CONSUMERS + WARPGROUP),
-                        b_ring.index(slot).permute((1, 0)), part, is_async=True,
-                    )  # fmt: skip
+                    part = _multiply(rings, slot, 0, part, WARPGROUP, False)
                     part = warpgroup_mma_wait(1, deps=(part,))
                     if k > first:
                         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
                     step += 1
                 part = warpgroup_mma_wait(0, deps=(part,))
                 mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-                acc = acc + part
+                left = left + part
 
         if c_row < c_end:
-            # Loaded before the loop, to arrive while the products run, scales cost 3 to 4 % of the speed.
-            # A tile without steps multiplies nothing, and its scales may never have been written.
-            sa = gl.load(a_scale + row, mask=row < gl.where(steps > 0, c_end, 0), other=0.0)
-            sb = gl.load(
-                b_scale + group * columns + mine, mask=mine < gl.where(steps > 0, columns, 0), other=0.0
+            _finish(
+                left, column, group, steps, c_row, c_end, shape, result, layout, BIAS, TMA_STORE, WARPGROUP
             )
-            if BIAS:
-                biased = gl.where(group < num_groups, columns, 0)
-                added = gl.load(bias + group * bias_stride + mine, mask=mine < biased, other=0.0)
-                added = added.to(gl.float32)
-            acc = acc * gl.expand_dims(sa, 1) * gl.expand_dims(gl.convert_layout(sb, across), 0)
-            if BIAS:
-                acc = acc + gl.expand_dims(gl.convert_layout(added, across), 0)
-            out = acc.to(c.dtype.element_ty)
-            if TMA_STORE:
-                if c_row + ROWS <= c_end:
-                    tile = c_tiles.index(WARPGROUP)
-                    tma.store_wait(0)
-                    tile.store(out)
-                    fence_async_shared()
-                    store_tile(c_desc, [c_row, column], tile)
-                else:  # the tile ends inside this warpgroup: do not write into the next group
-                    _store(c, out, row, column + gl.arange(0, COLUMNS, across), columns, c_end)
-            else:
-                _store(c, out, row, column + gl.arange(0, COLUMNS, across), columns, c_end)
+            if WIDTH > COLUMNS:
+                _finish(
+                    right, column + COLUMNS, group, steps, c_row, c_end, shape, result, layout,
+                    BIAS, TMA_STORE, WARPGROUP,
+                )  # fmt: skip
     if TMA_STORE:
         tma.store_wait(0)
 
@@ -166,10 +202,10 @@ def _consume(
 def _gemm_kernel(
     a_desc, b_desc, c_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
     row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, TMA_STORE: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, ROWS, STEP], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, COLUMNS, STEP], b_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, WIDTH, STEP], b_desc.layout)
     c_tiles = gl.allocate_shared_memory(
         c_desc.dtype, [CONSUMERS if TMA_STORE else 1, ROWS, COLUMNS], c_desc.layout
     )
@@ -184,14 +220,19 @@ def _gemm_kernel(
     result = (c_desc, c_tiles, c, a_scale, b_scale, bias, bias_stride)
     gl.warp_specialize(
         [
-            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, 0)),
-            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, 1)),
-            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, 2)),
-            (_produce, (shape, lists, rings, a_desc, b_desc, CONTRACTION)),
+            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, WIDTH, 0)),
+            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, WIDTH, 1)),
+            (_produce, (shape, lists, rings, a_desc, b_desc, CONTRACTION, WIDTH)),
         ],
-        [4, 4, 1],
-        [160, 160, 24],
+        [4, 1],
+        [232, 24],
     )
+
+
+def _promotion(promote: int, length: int) -> int:
+    """Steps between promotions for the kernel: 0 if ``length``, the longest contraction, has no more."""
+    steps = max(promote // _STEP, 1)
+    return 0 if steps > 1 and steps * _STEP >= length else steps
 
 
 def launch(
@@ -203,12 +244,15 @@ def launch(
     flat = out.view(-1, shape.columns)
     # A float32 output tile does not fit beside the ring: it is stored from registers.
     tma_store = out.itemsize == 2
+    steps = _promotion(promote, a.shape[1])
+    width = 2 * _COLUMNS if steps < 2 else _COLUMNS
+    shape = shape._replace(column_tiles=triton.cdiv(shape.columns, width))
     grid = min(shape.row_tiles * shape.column_tiles, multiprocessors(a.device))
     _gemm_kernel[(grid,)](
         TensorDescriptor.from_tensor(a, [_ROWS, _STEP], element),
-        TensorDescriptor.from_tensor(b, [_COLUMNS, _STEP], element),
+        TensorDescriptor.from_tensor(b, [width, _STEP], element),
         TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS], store),
         flat, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
-        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None,
-        TMA_STORE=tma_store, num_warps=4, maxnreg=128,
+        CONTRACTION=contraction, PROMOTE=steps, BIAS=bias is not None,
+        TMA_STORE=tma_store, WIDTH=width, num_warps=4, maxnreg=168,
     )  # fmt: skip
