@@ -4,10 +4,12 @@ import operator
 
 import pytest
 import torch
+from specs import TRITON
 from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moefp8 import dequantize_mx, quantize_mx, quantize_mx_jagged
+from moefp8.kernels.sm90 import in_fp8
 
 modes = pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 
@@ -39,7 +41,9 @@ def test_graph_is_made_of_library_operators(case):
         for node in graph.nodes
         if isinstance(node.meta.get("val"), torch.Tensor) and "float8" in str(node.meta["val"].dtype)
     ]
-    assert bool(fp8) == any(gemm.format != "none" for gemm in case.recipe)
+    # On the GPU exact MX is rounded and multiplied in bfloat16: no FP8 value leaves a kernel.
+    quantises = in_fp8 if case.backend is TRITON else lambda gemm: gemm.format != "none"
+    assert bool(fp8) == any(map(quantises, case.recipe))
     for node in fp8:
         made_by = node.args[0] if node.target is operator.getitem else node
         assert str(made_by.target).startswith("moefp8.")

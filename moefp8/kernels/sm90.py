@@ -217,14 +217,14 @@ def dense(
     num_groups, m, k = a.shape
     if not isinstance(a, MXArray) and bias is None and is_transposed(a):
         # The contraction runs down the rows of a^T in memory: the other form reads it as it lies.
-        tall, wide = a.mT.reshape(-1, m), b.reshape(-1, b.shape[-1])
+        tall, wide = a.mT.flatten(0, 1), b.flatten(0, 1)
         return contraction(tall.mT, wide, equal_groups(num_groups, k, b.device), gemm, out_dtype)
     offs = equal_groups(num_groups, m, b.device)
     flat: Tensor | MXArray
     if isinstance(a, MXArray):
-        flat = MXArray(a.data.reshape(-1, k), a.scale.reshape(-1, 1), -1, a.group)
+        flat = MXArray(a.data.flatten(0, 1), a.scale.flatten(0, 1), -1, a.group)
     else:
-        flat = a.reshape(-1, k)
+        flat = a.flatten(0, 1)
     if bias is not None:  # (N,) or (G, 1, N)
         bias = bias if bias.ndim == 1 else bias.reshape(-1, b.shape[-1])
     return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
