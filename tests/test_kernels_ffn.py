@@ -8,15 +8,18 @@ from specs import LAYOUTS
 from test_kernels import DEVICES, FORMATS, ODD_LAYOUTS, draw, same_bits
 
 from moefp8.kernels import (
+    REGISTRY,
     _swiglu,
     ffn,
     plan,
     quantize_columns,
+    sm90,
     swiglu_backward_columns,
     swiglu_backward_rows,
     swiglu_rows,
 )
-from moefp8.recipe import Gemm
+from moefp8.kernels.ffn import compose
+from moefp8.recipe import PRESETS, Gemm
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of what NaN and infinities do in float32.
@@ -195,3 +198,69 @@ def test_columns_are_those_of_the_separate_quantiser(device):
     end = int(where.ends[-1])
     same_bits(data[:, :end], want[0][:, :end])
     same_bits(scale, want[1])
+
+
+# --- the whole feed-forward ------------------------------------------------------------------------
+
+COMPOSED = compose(sm90.rows_forward, sm90.rows_backward, sm90.group_sum)
+FUSED = REGISTRY["triton"]
+EVERY = (True,) * 7
+
+
+def feed_forward(
+    implementation, layout, recipe, device, *, needed=EVERY, top_k=1, prepared=False, order=""
+):
+    """Output and gradients; weights named in ``order`` lie transposed in memory, rows are gathered if
+    ``top_k`` > 1."""
+    dim, hidden, groups = 32, 48, len(layout.sizes)
+    shapes = ((hidden, dim), (dim, hidden), (hidden, dim))
+    weights = [draw((groups, *shape), device, seed=i) for i, shape in enumerate(shapes)]
+    weights = [w.mT.contiguous().mT if str(i + 1) in order else w for i, w in enumerate(weights)]
+    biases = [draw((groups, shape[0]), device, seed=i) for i, shape in enumerate(shapes)]
+    generator = torch.Generator().manual_seed(0)
+    source = None
+    if top_k > 1:
+        tokens = -(-layout.rows // top_k)
+        source = torch.randperm(tokens * top_k, generator=generator)[: layout.rows] // top_k
+        x, source = draw((tokens, dim), device), source.to(device)
+    else:
+        x = draw((layout.rows, dim), device)
+    copies = [FUSED.quantize_weights(w, recipe) for w in weights] if prepared else None
+    common = (x, source, weights, biases, layout.offs(device))
+    out, kept = implementation.ffn_forward(*common, recipe, copies)
+    g = draw((layout.rows, dim), device, seed=9)
+    return out, *implementation.ffn_backward(kept, *common, g, recipe, needed)
+
+
+WHOLE = [  # (layout, preset, options)
+    ("tail", "mxfp8", {"top_k": 3, "order": "13"}),
+    (
+        "unaligned",
+        "fp8_rowwise",
+        {"prepared": True, "needed": (True, False, True, False, False, True, False)},
+    ),
+]
+EVERY_WHOLE = [
+    *((x.name, "mxfp8", {"top_k": 2}) for x in LAYOUTS),
+    *(("tail", name, {"prepared": True, "order": "2"}) for name in ("mxfp8", "fp8_rowwise")),
+    *(("unaligned", "mxfp8", {"needed": tuple(i == j for j in range(7))}) for i in range(7)),
+    *(("unaligned", "mxfp8", {"needed": tuple(i != j for j in range(7))}) for i in range(7)),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "preset", "options"),
+    [("cpu", *case) for case in WHOLE]
+    + [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in WHOLE + EVERY_WHOLE],
+)
+def test_fused_is_composed(device, layout, preset, options):
+    """Bit for bit, and None exactly where a gradient is not needed."""
+    layout, recipe = next(x for x in LAYOUTS if x.name == layout), PRESETS[preset]
+    composed = FUSED._replace(ffn_forward=COMPOSED.forward, ffn_backward=COMPOSED.backward)
+    got, want = (feed_forward(x, layout, recipe, device, **options) for x in (FUSED, composed))
+    for needed, x, y in zip((True, *options.get("needed", EVERY)), got, want, strict=True):
+        assert (x is not None) == (y is not None) == needed
+        if needed:
+            assert x.dtype == y.dtype
+            assert x.shape == y.shape
+            same_bits(x, y)
