@@ -1,5 +1,6 @@
 """The commands of the benchmarks: what they print and write, on a CPU at tiny sizes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from bench_cases import is_png, written
 
 from moefp8.bench import accumulation, problem, quantize
 from moefp8.bench.__main__ import main
+from moefp8.bench.markdown import render
 
 
 def test_grouped_mm_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -21,6 +23,7 @@ def test_grouped_mm_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert next(row for row in rows if row["candidate"] == "torch bf16")["speedup"] == 1.0
     assert is_png(tmp_path / "g.png")
     assert is_png(tmp_path / "g-roofline.png")
+    assert "over equal groups" in render(tmp_path / "g.json")
     printed = capsys.readouterr().out
     assert "moefp8 mxfp8" in printed
     assert "needs a CUDA device" in printed
@@ -36,6 +39,7 @@ def test_gemm_command(tmp_path: Path) -> None:
     assert all(row["rate"] > 0 for row in rows if row["missing"] is None)
     assert {row["missing"] for row in rows} == {None, "needs a CUDA device"}
     assert is_png(tmp_path / "p.png")
+    assert "| 128, 32, 32, 2: wgrad |" in render(tmp_path / "p.json")
 
 
 def test_quantize_command(tmp_path: Path) -> None:
@@ -47,6 +51,7 @@ def test_quantize_command(tmp_path: Path) -> None:
     assert len(ours) == 4 + len(quantize.REFERENCE)
     assert all(row["copy_share"] > 0 for row in ours)
     assert is_png(tmp_path / "q.png")
+    assert "| moefp8 rows of activation, mx |" in render(tmp_path / "q.json")
 
 
 def test_accumulation_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -64,7 +69,34 @@ def test_accumulation_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert is_png(tmp_path / "a.png")
     assert is_png(tmp_path / "a-sqnr.png")
     assert is_png(tmp_path / "a-promotion.png")
+    assert "| fwd | moefp8, never promoted |" in render(tmp_path / "a.json")
     assert "lognormal" in capsys.readouterr().out
+
+
+def test_markdown_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Worked by hand: two candidates on one shape, the third missing."""
+    problem_ = {"m": 64, "k": 32, "n": 48, "groups": 2}
+    row = {"problem": problem_, "layout": "equal", "whole": True, "missing": None, "rate": 2e12}
+    content = {
+        "command": "python -m moefp8.bench grouped-mm --groups 2",
+        "environment": {"date": "today", "device": "a card", "torch": "2", "triton": None},
+        "rows": [
+            {**row, "candidate": "torch bf16", "median_s": 0.004, "speedup": 1.0},
+            {**row, "candidate": "moefp8 mxfp8", "median_s": 0.002, "speedup": 2.0, "copy_share": 0.5},
+            {**row, "candidate": "a peer", "missing": "not installed"},
+        ],
+    }
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    main(["markdown", str(tmp_path / "g.json")])
+    printed = capsys.readouterr().out.split("\n")
+    assert printed[0] == "a card, torch 2, today: `python -m moefp8.bench grouped-mm --groups 2`"
+    assert printed[2:5] == [
+        "| M, N, K, G | torch bf16 | moefp8 mxfp8 |",
+        "| --- | --- | --- |",
+        "| 64, 48, 32, 2 | 4.00 ms | 2.00 ms = 2.00x |",
+    ]
+    assert printed[8] == "| 64, 48, 32, 2 | 2 TFLOP/s | 2 TFLOP/s, 50 % of copy |"
+    assert printed[10] == "Missing: a peer: not installed."
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

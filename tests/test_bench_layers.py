@@ -10,6 +10,7 @@ from bench_cases import CPU, is_png, written
 from moefp8 import BF16, MoEConfig, moe_ffn
 from moefp8.bench import layers, memory, moe_layer, timing, where
 from moefp8.bench.__main__ import main
+from moefp8.bench.markdown import render
 
 SIZES = {"dim": 32, "hidden": 48, "num_experts": 8}
 CONFIGS = {
@@ -154,6 +155,7 @@ def test_moe_layer_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert rows[moe_layer.COMPILED, "balanced"]["missing"] == "is compiled for a CUDA device only"
     assert is_png(tmp_path / "l.png")
     assert is_png(tmp_path / "l-where.png")
+    assert "| small, 32 tokens | moefp8 mxfp8 |" in render(tmp_path / "l.json")
     assert "gather and combine" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moefp8.bench.markdown import render
 from moefp8.bench.problem import NEVER, PUBLISHED, SMALL, Problem
 from moefp8.kernels import REGISTRY
 from moefp8.recipe import PRESETS
@@ -144,6 +145,8 @@ def parser() -> argparse.ArgumentParser:
         "--shape", type=problem, help="M,K,N,G of the trade-off's speed (Llama4, 8 experts, on a GPU)"
     )
     accuracy.add_argument("--size", type=positive, help="the other axes (a multiple of 32)")
+    page = commands.add_parser("markdown", help="The JSON of a run as Markdown tables.")
+    page.add_argument("file", type=Path, nargs="+", help="what --json wrote")
     return top
 
 
@@ -168,6 +171,9 @@ def problems_of(args: argparse.Namespace, device: torch.device) -> list[Problem]
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
     args = parser().parse_args(argv)
+    if args.command == "markdown":
+        print("\n".join(render(path) for path in args.file), end="")
+        return
     device = device_of(args)
     if getattr(args, "repeats", 0) is None:
         args.repeats = 20 if device.type == "cuda" else 5
