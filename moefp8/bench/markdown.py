@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-NOTHING = "–"
+NOTHING = "-"
 
 
 def render(path: Path) -> str:
