@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_cases import CPU, TINY, exact, fails, tiny_case
 
-from moefp8.bench import accumulation, candidates, ceilings, gemm, peers, problem, run, timing
+from moefp8.bench import accumulation, candidates, ceilings, gemm, peers, problem, quantize, run, timing
 from moefp8.bench.grouped_mm import measure_shape
 from moefp8.recipe import PRESETS
 
@@ -123,6 +123,37 @@ def test_peers_say_what_they_need() -> None:
 def test_refusals_are_reported(name: str, error: Exception, reason: str) -> None:
     outcome = run.start(fails(error, name), tiny_case(), timing.Timer(CPU))
     assert (outcome.step, outcome.reason) == (None, reason)
+
+
+def test_a_first_call_apart() -> None:
+    """What the other process runs: the peer itself on such a case, or its own reason."""
+    ends = [32, 32, 96]
+    assert run.first_call("torch bf16", list(TINY), ends, True, "cpu") is None
+    reason = run.first_call("torchao mxfp8 emulated", list(TINY), [31, 32, 96], True, "cpu")
+    assert reason == "needs group sizes that are multiples of 32"
+    assert quantize.first_call("torchao rows, mx 32 emulated", list(TINY), None, "cpu") is None
+
+
+def test_a_peer_that_tunes_itself_is_called_apart_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only; its reason is that of the other process."""
+    calls = []
+
+    def apart(function: str, argument: dict, seconds: float) -> str:
+        calls.append((function, argument, seconds))
+        return "took too long"
+
+    class OnGpu(candidates.Case):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(run, "call_apart", apart)
+    case = OnGpu(*tiny_case())
+    tuned = fails(RuntimeError("never called"), "a peer")._replace(tunes=True)
+    outcome = run.start(tuned, case, timing.Timer(CPU, peer_seconds=7.0))
+    assert (outcome.step, outcome.reason) == (None, "took too long")
+    function, argument, seconds = calls[0]
+    assert (function, seconds) == ("moefp8.bench.run:first_call", 7.0)
+    assert argument["name"] == "a peer"
+    assert argument["ends"] == case.operands.offs.tolist()
 
 
 def test_a_bug_of_ours_is_not_reported_as_missing() -> None:
