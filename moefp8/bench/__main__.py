@@ -153,7 +153,10 @@ def parser() -> argparse.ArgumentParser:
 def device_of(args: argparse.Namespace) -> torch.device:
     if args.device is None and not torch.cuda.is_available():
         raise SystemExit(NO_GPU.format(command=args.command))
-    return torch.device(args.device or "cuda")
+    device = torch.device(args.device or "cuda")
+    if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants a number
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def problems_of(args: argparse.Namespace, device: torch.device) -> list[Problem]:
