@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from moefp8.formats import BLOCK
 from moefp8.recipe import Recipe
 
 
@@ -60,6 +61,10 @@ class Implementation(NamedTuple):
     #: ``quantize_weights(w (G, N, K), recipe) -> tensors``: both copies of a weight that products read,
     #: along K for the forward and along N for dgrad. Their number does not depend on ``w``.
     quantize_weights: Callable
+    #: What a recipe's ``group=None`` means here: elements that share a scale, -1 for a whole contraction.
+    native_group: int = BLOCK
+    #: ``name_on(device)``: the implementation that serves under this name on ``device``; None: this one.
+    name_on: Callable[[torch.device], str] | None = None
 
 
 def ffn_requests(
@@ -105,8 +110,12 @@ def choose(
     if unknown or not names:
         known = ", ".join(map(repr, registry))
         raise ValueError(f"implementation: expected one or more of {known}, got {wanted!r}")
+    # One name may stand for several implementations, each for other hardware.
+    device = requests[0].device
+    on_device = (registry[name].name_on for name in names)
+    names = [name if named is None else named(device) for name, named in zip(names, on_device, strict=True)]
     refusals = []
-    for name in names:
+    for name in dict.fromkeys(names):
         refused = (registry[name].refuse(request) for request in requests)
         reason = next((why for why in refused if why is not None), None)
         if reason is None:

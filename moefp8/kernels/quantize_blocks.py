@@ -158,7 +158,7 @@ def _quantize_blocks(
 
 def quantize_blocks(
     x: Tensor, plan: Plan, along_columns: Gemm | None, along_rows: Gemm | None
-) -> tuple[Blocks | None, Blocks | None]:
+) -> tuple[Blocks, Blocks]:
     """``x`` (M, K), grouped by ``plan``, in blocks along its columns and along its rows, those asked for.
 
     One pass if both are quantised alike, which is every preset.
@@ -167,18 +167,17 @@ def quantize_blocks(
         along the columns: data (M, K). Rows past the last group are not written.
         along the rows: data (K, P); group g has its columns ``[ends[g-1], ends[g])``, past its rows
             zeros. Past ``ends[-1]`` nothing is written.
+
+        A copy that is not asked for has no elements.
     """
     first, second = along_columns, along_rows
     if first and second and (first.dtype, first.rule) != (second.dtype, second.rule):
         return quantize_blocks(x, plan, first, None)[0], quantize_blocks(x, plan, None, second)[1]
-    how = first or second
-    if how is None:
-        return None, None
+    how = first or second or Gemm()
     num_groups = plan.ends.shape[0]
-    out = _quantize_blocks(
-        x, plan.segments, num_groups, how.dtype, how.rule, first is not None, second is not None
-    )
-    return Blocks(*out[:2]) if first else None, Blocks(*out[2:]) if second else None
+    asked = first is not None, second is not None
+    out = _quantize_blocks(x, plan.segments, num_groups, how.dtype, how.rule, *asked)
+    return Blocks(*out[:2]), Blocks(*out[2:])
 
 
 def reference_columns(x: Tensor, offs: Tensor, gemm: Gemm) -> Blocks:

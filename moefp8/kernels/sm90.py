@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request
 from moefp8.formats import BLOCK, decode_scale
+from moefp8.kernels.dense_form import dense_by_groups
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
@@ -29,11 +30,9 @@ from moefp8.kernels.reference import high_precision
 from moefp8.kernels.sm90_ffn import fuse
 from moefp8.kernels.sm90_operands import (
     contract,
-    equal_groups,
     exact_operand,
     exact_weights,
     in_fp8,
-    is_transposed,
     weights_both_ways,
 )
 from moefp8.mx import MXArray
@@ -63,7 +62,7 @@ def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) 
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve ``request``, or None."""
-    device, recipe = request.device, request.recipe
+    device = request.device
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
@@ -71,6 +70,12 @@ def refuse(request: Request) -> str | None:
     elif not (device.type == "cpu" and _INTERPRETED and request.named):
         by_name = "called by name, TRITON_INTERPRET=1 runs its kernels on a CPU"
         return f"needs a Hopper GPU, got {device.type} ({by_name})"
+    return refuse_call(request)
+
+
+def refuse_call(request: Request) -> str | None:
+    """Why these kernels cannot serve ``request`` on any device; ``sm100.py`` runs them on Blackwell."""
+    recipe = request.recipe
     a_dtype, b_dtype = request.dtypes
     operands = [b_dtype] if request.a_group is not None else [a_dtype, b_dtype]
     if any(dtype not in _DTYPES for dtype in (*operands, request.out_dtype)):
@@ -207,29 +212,6 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
     return high_precision_contraction(exact[0].mT, exact[1], offs)
 
 
-def dense(
-    a: Tensor | MXArray, b: Tensor, bias: Tensor | None, gemm: Gemm, out_dtype: torch.dtype
-) -> Tensor:
-    """See ``reference.dense``: (M, K) x (K, N), or (G, M, K) x (G, K, N), as groups of equal sizes."""
-    if b.ndim == 2:
-        a = MXArray(a.data[None], a.scale[None], a.axis, a.group) if isinstance(a, MXArray) else a[None]
-        return dense(a, b[None], bias, gemm, out_dtype)[0]
-    num_groups, m, k = a.shape
-    if not isinstance(a, MXArray) and bias is None and is_transposed(a):
-        # The contraction runs down the rows of a^T in memory: the other form reads it as it lies.
-        tall, wide = a.mT.flatten(0, 1), b.flatten(0, 1)
-        return contraction(tall.mT, wide, equal_groups(num_groups, k, b.device), gemm, out_dtype)
-    offs = equal_groups(num_groups, m, b.device)
-    flat: Tensor | MXArray
-    if isinstance(a, MXArray):
-        flat = MXArray(a.data.flatten(0, 1), a.scale.flatten(0, 1), -1, a.group)
-    else:
-        flat = a.flatten(0, 1)
-    if bias is not None:  # (N,) or (G, 1, N)
-        bias = bias if bias.ndim == 1 else bias.reshape(-1, b.shape[-1])
-    return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
-
-
 _FFN = fuse(compose(rows_forward, rows_backward, group_sum))
 
 IMPLEMENTATION = Implementation(
@@ -237,11 +219,12 @@ IMPLEMENTATION = Implementation(
     refuse=refuse,
     rows=rows,
     contraction=contraction,
-    dense=dense,
+    dense=dense_by_groups(rows, contraction),
     group_sum=group_sum,
     rows_forward=rows_forward,
     rows_backward=rows_backward,
     ffn_forward=_FFN.forward,
     ffn_backward=_FFN.backward,
     quantize_weights=quantize_weights,
+    native_group=-1,
 )
