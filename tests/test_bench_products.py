@@ -177,7 +177,7 @@ def test_the_product_alone_is_the_product(source: gemm.Source) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     operands = accumulation.positive_operands(problem.Problem(128, 64, 32, 1), device)
     bound = (2**-8 if device.type == "cuda" else 2**-7) + (128 * 2**-13 if "fast" in source.name else 1e-3)
-    for steps in source.build(operands).values():
+    for steps in (*source.build(operands).values(), *source.cast(operands).values()):
         for product, step in steps.items():
             want = accumulation.exact_product(operands, product)
             want = want.T if product == "wgrad" else want  # torch's weights lie transposed

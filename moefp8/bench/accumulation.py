@@ -38,6 +38,8 @@ class Row(NamedTuple):
     candidate: str
     missing: str | None
     value: float | None
+    #: The implementation of this library that served the case.
+    served_by: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -137,6 +139,10 @@ def exact_product(operands: Operands, product: str) -> Tensor:
     return {"fwd": lambda: a @ b, "dgrad": lambda: g @ b.T, "wgrad": lambda: a.T @ g}[product]()
 
 
+def _served_by(candidate: Candidate, case: Case, reason: str | None) -> str | None:
+    return candidate.served_by(case) if candidate.served_by and reason is None else None
+
+
 def _results(candidate: Candidate, case: Case, timer: Timer) -> tuple[dict[str, Tensor] | None, str | None]:
     """A candidate's three results in float64 (one group), or the reason why there are none."""
     outcome = start(candidate, case, timer)
@@ -170,7 +176,8 @@ def measure_bias(
             bias = None
             if results is not None:
                 bias = ((results[product] - exact).sum() / exact.sum()).item()
-            rows.append(Row("bias", str(contraction), product, candidate.name, reason, bias))
+            by = _served_by(candidate, case, reason)
+            rows.append(Row("bias", str(contraction), product, candidate.name, reason, bias, by))
             advance()
     return rows
 
@@ -190,7 +197,8 @@ def measure_sqnr(
         results, reason = _results(candidate, case, timer)
         for product in PRODUCTS:
             sqnr = None if results is None else sqnr_db(exact[product], results[product])
-            rows.append(Row("sqnr", distribution, product, candidate.name, reason, sqnr))
+            by = _served_by(candidate, case, reason)
+            rows.append(Row("sqnr", distribution, product, candidate.name, reason, sqnr, by))
         advance()
     return rows
 

@@ -48,6 +48,7 @@ class Candidate(NamedTuple):
         fp8: whether it quantises, for the count of bytes.
         whole: False if the step leaves out work that training needs, such as quantising.
         tunes: whether its first call at a shape may take minutes, so that it is made apart first.
+        served_by: of this library: the implementation that serves a case.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Candidate(NamedTuple):
     fp8: bool = True
     whole: bool = True
     tunes: bool = False
+    served_by: Callable[[Case], str] | None = None
 
 
 def differentiable(
@@ -108,6 +110,11 @@ def ours(recipes: dict[str, Recipe], implementation: str | None) -> list[Candida
             f"moefp8 {name}",
             build=lambda case: differentiable(lambda a, b, offs: product(a, b, offs), case),
             fp8=recipe != PRESETS["bf16"],
+            served_by=lambda case: (
+                prepare(
+                    "rows", case.operands.a, case.operands.b, None, recipe, None, implementation
+                ).implementation
+            ),
         )
 
     return [candidate(name, recipe) for name, recipe in recipes.items()]

@@ -138,6 +138,32 @@ def _our_steps(x: Operands, promotes: Sequence[int]) -> dict[str, dict[str, Step
 # --- measurement ---------------------------------------------------------------------------------
 
 
+def _our_cast_steps(x: Operands, promotes: Sequence[int]) -> dict[str, dict[str, Step]]:
+    """The same on numbers that E4M3 represents: cast with scales of 1, so of any length; one group."""
+    from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
+    from moefp8.kernels.plan import plan
+
+    a, b, offs, g = (t.detach() for t in x)
+    layout, out = plan(offs, a.shape[0], tile_rows(a.device)), torch.bfloat16
+    (m, k), n = a.shape, b.shape[2]
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, device=a.device)
+
+    along_k, along_n = Weights(to_fp8(b[0].mT), ones(1, n)), Weights(to_fp8(b[0]), ones(1, k))
+    a_rows, g_rows, a_columns, g_columns = to_fp8(a), to_fp8(g), to_fp8(a.T), to_fp8(g.T)
+
+    def steps(promote: int) -> dict[str, Step]:
+        columns = (g_columns, ones(1, n), a_columns, ones(1, k))
+        return {
+            "fwd": lambda: gemm_rows(a_rows, ones(m), along_k, layout.tiles, None, out, promote),
+            "dgrad": lambda: gemm_rows(g_rows, ones(m), along_n, layout.tiles, None, out, promote),
+            "wgrad": lambda: gemm_contraction(*columns, layout.ends, out, promote),
+        }
+
+    return {ours_name(promote): steps(promote) for promote in promotes}
+
+
 class Source(NamedTuple):
     """Something that makes the steps of one or more candidates."""
 
@@ -145,6 +171,9 @@ class Source(NamedTuple):
     #: Steps by candidate and product.
     build: Callable[[Operands], dict[str, dict[str, Step]]]
     refuse: Callable[[Problem, torch.device, int], str | None]
+    #: The same for operands that E4M3 represents in a single group of a multiple of 128 rows, quantised
+    #: by a plain cast.
+    cast: Callable[[Operands], dict[str, dict[str, Step]]]
 
     @property
     def name(self) -> str:
@@ -170,7 +199,10 @@ def sources(promotes: Sequence[int]) -> list[Source]:
     """Everything that is compared."""
 
     def one(name: str, build: Callable[[Operands], dict[str, Step]], refuse: Callable) -> Source:
-        return Source([name], lambda x: {name: build(x)}, refuse)
+        def named(x: Operands) -> dict[str, dict[str, Step]]:
+            return {name: build(x)}
+
+        return Source([name], named, refuse, named)
 
     return [
         one(BF16, _bf16_steps, lambda *_: None),
@@ -178,6 +210,7 @@ def sources(promotes: Sequence[int]) -> list[Source]:
             [ours_name(p) for p in promotes],
             lambda x: _our_steps(x, promotes),
             lambda problem, device, multiple: no_kernels(device),
+            lambda x: _our_cast_steps(x, promotes),
         ),
         *(
             one(f"torch fp8 grouped, {name}", partial(_grouped_steps, fast=name == FAST), _refuse_grouped)

@@ -121,11 +121,15 @@ def _percent(fraction: float | None) -> str:
 
 def _accumulation(rows: Sequence[Row]) -> list[str]:
     tables = []
+    by_kernels = {row["candidate"] for row in rows if row.get("served_by") not in (None, "reference")}
     for kind, corner in (("bias", "relative bias"), ("sqnr", "SQNR, dB")):
         own = [row for row in rows if row["kind"] == kind and row["value"] is not None]
 
         def cell(row: Row, kind: str = kind) -> str:
-            return _percent(row["value"]) if kind == "bias" else f"{row['value']:.2f}"
+            by = (
+                " (reference)" if row["served_by"] == "reference" and row["candidate"] in by_kernels else ""
+            )
+            return (_percent(row["value"]) if kind == "bias" else f"{row['value']:.2f}") + by
 
         tables.append(
             _matrix(own, corner, _candidate, lambda row: f"{row['product']}, {row['setting']}", cell)

@@ -162,6 +162,7 @@ def _measure(
     balanced = draw_layer(problem, device, skewed=False)
     skewed = balanced._replace(x=draw_layer(problem, device, skewed=True).x)  # the rest is the same
     inputs = {"balanced": balanced, "skewed": skewed}
+    torch.compiler.reset()  # what was compiled for the layer before
     missing: dict[str, str | None] = {}
     memory: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], Any]] = {}
@@ -169,7 +170,6 @@ def _measure(
         missing[candidate.name] = candidate.refuse(device)
         if missing[candidate.name] is not None:
             continue
-        torch.compiler.reset()
         try:
             layer = candidate.layer(problem)
             own = {layout: step_of(layer, inputs[layout]) for layout in LAYOUTS}

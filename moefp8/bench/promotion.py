@@ -51,7 +51,7 @@ def measure_promotion(
             for source in sources:
                 if source.refuse(long, timer.device, contraction) is None:
                     timer.beat()
-                    for name, steps in source.build(operands).items():
+                    for name, steps in source.cast(operands).items():
                         total = steps[product]().double().sum()
                         relative = (total / exact.sum() - 1).item()
                         bias.setdefault((name, product), {})[contraction] = relative

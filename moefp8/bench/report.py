@@ -179,6 +179,7 @@ MOE_LAYER_LEGEND = """\
 Forward and the gradients of tokens and all parameters; medians over rounds in which all candidates take
 turns. over bf16: speed over the faster of the bfloat16 baselines. kept by experts: bytes that the expert
 feed-forward saves for its backward, weights apart. peak: most memory that a step adds to its operands."""
+BY_REFERENCE = "r: the kernels refuse this shape, so the reference served it."
 EXPOSED = "+ waits for the device inside the step, so its time includes launching."
 GROUPED_MM_LEGEND = """\
 Medians; ratios are medians over rounds in which all candidates take turns.
@@ -209,6 +210,7 @@ def show_accumulation(console: Console, rows: Sequence[accumulation.Row]) -> Non
         "sqnr": ("SQNR of the result in dB, by distribution of the operands", "{:.2f}".format),
     }
     missing: dict[str, None] = {}
+    by_kernels = {row.candidate for row in rows if row.served_by not in (None, "reference")}
     for kind, (title, form) in kinds.items():
         mine = [row for row in rows if row.kind == kind]
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
@@ -221,12 +223,21 @@ def show_accumulation(console: Console, rows: Sequence[accumulation.Row]) -> Non
             for candidate in dict.fromkeys(row.candidate for row in mine):
                 own = [row for row in mine if (row.candidate, row.product) == (candidate, product)]
                 missing |= {f"{candidate}: {row.missing}": None for row in own if row.missing is not None}
-                cells = ["-" if row.value is None else form(row.value) for row in own]
+                cells = [
+                    "-" if row.value is None else form(row.value) + _mark(row, by_kernels) for row in own
+                ]
                 if set(cells) != {"-"}:
                     table.add_row(product, candidate, *cells)
         console.print(table)
+    if any(_mark(row, by_kernels) for row in rows):
+        console.print(BY_REFERENCE, style="dim", highlight=False)
     for reason in missing:
         console.print(f"missing: {reason}", style="dim", markup=False)
+
+
+def _mark(row: accumulation.Row, by_kernels: Collection[str]) -> str:
+    """A mark where the reference served a case of a recipe that kernels serve elsewhere."""
+    return " r" if row.served_by == "reference" and row.candidate in by_kernels else ""
 
 
 def show_promotion(console: Console, rows: Sequence[promotion.Row]) -> None:
