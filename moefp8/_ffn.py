@@ -10,6 +10,7 @@ from moefp8._custom_vjp import custom_vjp
 from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
+from moefp8.kernels.combine import combine
 from moefp8.kernels.ffn import Three
 from moefp8.quantized import QuantizedParams, check_quantized, unchanged
 from moefp8.recipe import Recipe
@@ -90,9 +91,7 @@ class Operands(NamedTuple):
 
 def sum_copies(rows: Tensor, slot: Tensor, copies: int) -> Tensor:
     """Add up the ``copies`` rows of each token, in float32 and rounded once: a gather's transpose."""
-    own = rows.index_select(0, slot).unflatten(0, (slot.shape[0] // copies, copies))
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return own.sum(1, dtype=wide).to(rows.dtype)
+    return combine(rows, slot, None, copies)
 
 
 def _ffn_fwd(static: FFN, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

@@ -21,6 +21,7 @@ from moefp8._custom_vjp import custom_vjp
 from moefp8._ffn import Routed, ffn, sum_copies
 from moefp8._operands import check_operand
 from moefp8.experts import check_ffn, shared_ffn
+from moefp8.kernels.combine import combine, combine_backward
 from moefp8.quantized import QuantizedParams, shared_copies
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import (
@@ -161,17 +162,42 @@ def gather_rows(x: Tensor, order: RowOrder, top_k: int) -> Tensor:
     return _take(_Take(top_k), x, order.source // top_k, order.slot)
 
 
+def _sum_fwd(static: _Take, y: Tensor, slot: Tensor, source: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    return combine(y, slot, None, static.copies), (source,)
+
+
+def _sum_bwd(static: _Take, needed: tuple[bool, ...], source: Tensor, g: Tensor) -> Sequence[Tensor | None]:
+    return g.index_select(0, source // static.copies) if needed[0] else None, None, None
+
+
+def _weighted_sum_fwd(
+    static: None, y: Tensor, slot: Tensor, weights: Tensor
+) -> tuple[Tensor, Sequence[Tensor]]:
+    return combine(y, slot, weights, weights.shape[1]), (y, slot, weights)
+
+
+def _weighted_sum_bwd(
+    static: None, needed: tuple[bool, ...], y: Tensor, slot: Tensor, weights: Tensor, g: Tensor
+) -> Sequence[Tensor | None]:
+    dy = d_weights = None
+    if needed[0] or needed[2]:
+        dy, d_weights = combine_backward(y, slot, weights, g)
+    return dy if needed[0] else None, None, d_weights if needed[2] else None
+
+
+# One pass in each direction; left to autograd each step of it would be one.
+_sum = custom_vjp("moe_ffn", _sum_fwd, _sum_bwd)
+_weighted_sum = custom_vjp("moe_ffn", _weighted_sum_fwd, _weighted_sum_bwd)
+
+
 def combine_rows(y: Tensor, order: RowOrder, weights: Tensor | None, top_k: int) -> Tensor:
     """Add up the ``top_k`` rows of ``y`` (M, D) that belong to each token: (T, D).
 
     In float32, weighted if ``weights`` (T, top_k) are given, rounded once to the dtype of ``y``.
     """
-    wide = torch.promote_types(y.dtype, torch.float32)
-    rows = _take(_Take(1), y, order.slot, order.source)
-    rows = rows.unflatten(0, (y.shape[0] // top_k, top_k)).to(wide)
-    if weights is not None:
-        rows = rows * weights.to(wide).unsqueeze(-1)
-    return rows.sum(1).to(y.dtype)
+    if weights is None:
+        return _sum(_Take(top_k), y, order.slot, order.source)
+    return _weighted_sum(None, y, order.slot, weights)
 
 
 # --- the layer ---------------------------------------------------------------------------------
