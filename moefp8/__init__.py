@@ -2,7 +2,7 @@
 
 from moefp8._custom_vjp import remat
 from moefp8.dense import scaled_mm
-from moefp8.experts import expert_ffn
+from moefp8.experts import expert_ffn, expert_statistics
 from moefp8.grouped import scaled_grouped_mm
 from moefp8.groups import generate_jagged_offs
 from moefp8.moe import init_moe_ffn, moe_ffn
@@ -19,6 +19,7 @@ from moefp8.recipe import (
     Recipe,
 )
 from moefp8.routing import MoEConfig, MoEStats, Routing, route, routing_stats, update_expert_bias
+from moefp8.statistics import OperandStats, cotangent_probe
 
 __all__ = [
     "BF16",
@@ -31,11 +32,14 @@ __all__ = [
     "MXArray",
     "MoEConfig",
     "MoEStats",
+    "OperandStats",
     "QuantizedParams",
     "Recipe",
     "Routing",
+    "cotangent_probe",
     "dequantize_mx",
     "expert_ffn",
+    "expert_statistics",
     "explain",
     "generate_jagged_offs",
     "init_moe_ffn",

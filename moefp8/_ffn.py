@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefp8._custom_vjp import custom_vjp
+from moefp8._custom_vjp import custom_vjp, non_differentiable
 from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
 from moefp8.kernels.combine import combine
-from moefp8.kernels.ffn import Three
+from moefp8.kernels.ffn import Three, gather, swiglu, swiglu_backward
 from moefp8.quantized import QuantizedParams, check_quantized, unchanged
 from moefp8.recipe import Recipe
+from moefp8.statistics import COTANGENTS, FORWARD, Statistics, entries, measure, pack_probe, unpack
 
 
 class Routed(NamedTuple):
@@ -40,6 +41,8 @@ class FFN(NamedTuple):
     copies: int
     #: Tensors to each weight that was quantised beforehand; 0 if none was.
     prepared: int
+    #: Whether the cotangents are measured.
+    probed: bool
     #: What the weights are called in errors.
     where: str
 
@@ -66,13 +69,15 @@ class Operands(NamedTuple):
     offs: Tensor
     source: Tensor | None
     slot: Tensor | None
+    #: Zeros, see ``statistics.py``.
+    probe: Tensor | None
     #: The copies of each weight and the sample of ``QuantizedParams``.
     prepared: tuple[tuple[Tensor, ...], ...] | None
     sample: Tensor | None
 
     def flat(self) -> tuple[Tensor, ...]:
         copies = [x for copy in self.prepared or () for x in copy]
-        rest = (*self.biases, self.offs, self.source, self.slot, *copies, self.sample)
+        rest = (*self.biases, self.offs, self.source, self.slot, self.probe, *copies, self.sample)
         return (self.x, *self.weights, *(t for t in rest if t is not None))
 
     @classmethod
@@ -81,12 +86,13 @@ class Operands(NamedTuple):
         b1, b2, b3 = (rest.pop(0) if has else None for has in static.has_bias)
         offs = rest.pop(0)
         source, slot = (rest.pop(0), rest.pop(0)) if static.copies else (None, None)
+        probe = rest.pop(0) if static.probed else None
         prepared = sample = None
         if rest:
             *copies, sample = rest
             n = static.prepared
             prepared = tuple(tuple(copies[i * n : (i + 1) * n]) for i in range(3))
-        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot, prepared, sample)
+        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot, probe, prepared, sample)
 
 
 def sum_copies(rows: Tensor, slot: Tensor, copies: int) -> Tensor:
@@ -120,24 +126,62 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
         dx = sum_copies(dx, x.slot, static.copies)
     weights, present = gradients[:3], zip(gradients[3:], static.has_bias, strict=True)
     grads = [dx, *weights, *(db for db, has in present if has)]
+    grads += [None] * (3 if static.copies else 1)  # offs, source, slot
+    if static.probed:
+        grads.append(_cotangent_statistics(static, x, g) if needed[len(grads)] else None)
     return [*grads, *(None,) * (count - len(grads))]
 
+
+def _inner(static: FFN, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """The sorted rows, gate and up, which a fused feed-forward does not hand out."""
+    rows, product, fwd = gather(x.x, x.source), static.products.rows, static.recipe.fwd
+    gate = product(rows, x.weights[0].mT, x.offs, x.biases[0], fwd, rows.dtype)
+    return rows, gate, product(rows, x.weights[2].mT, x.offs, x.biases[2], fwd, rows.dtype)
+
+
+def _measure(
+    static: FFN, operands: dict[str, Tensor], products: Mapping[str, Sequence[str]], offs: Tensor
+) -> Tensor:
+    """``(n, 6)``: the statistics of each operand in each product that quantises it."""
+    measured = []
+    for name, product in entries(products, static.recipe):
+        along_rows = product == "wgrad" or (product == "dgrad" and name[1:].isdigit())
+        gemm, groups = getattr(static.recipe, product), None if name[1:].isdigit() else offs
+        native = static.products.native_group
+        measured.append(measure(operands[name], groups, -2 if along_rows else -1, gemm, native))
+    return torch.stack(measured)
+
+
+def _cotangent_statistics(static: FFN, x: Operands, g: Tensor) -> Tensor:
+    _, gate, up = _inner(static, x)
+    d_hidden = static.products.rows(g, x.weights[1], x.offs, None, static.recipe.dgrad, g.dtype)
+    d_gate, d_up = swiglu_backward(gate, up, d_hidden)
+    return _measure(static, {"out": g, "gate": d_gate, "up": d_up}, COTANGENTS, x.offs)
+
+
+def _forward_statistics(static: FFN, *flat: Tensor) -> Tensor:
+    x = Operands.unflatten(static, flat)
+    rows, gate, up = _inner(static, x)
+    names = dict(zip(("w1", "w2", "w3"), x.weights, strict=True))
+    return _measure(static, {"x": rows, "hidden": swiglu(gate, up), **names}, FORWARD, x.offs)
+
+
+_statistics = non_differentiable("expert_statistics", _forward_statistics, "it only describes")
 
 _ffn = custom_vjp("expert_ffn", _ffn_fwd, _ffn_bwd)
 
 
-def ffn(
+def _prepare(
     params: Mapping[str, Any],
     x: Tensor,
     offs: Tensor,
     recipe: Recipe,
     implementation: str | Sequence[str] | None,
-    *,
-    routed: Routed | None = None,
-    quantized: QuantizedParams | None = None,
-    where: str = "params",
-) -> Tensor:
-    """The feed-forward of checked ``params`` on sorted rows, or on tokens and how they are ``routed``."""
+    routed: Routed | None,
+    quantized: QuantizedParams | None,
+    probe: Tensor | None,
+    where: str,
+) -> tuple[FFN, Operands]:
     weights: Three = (params["w1"], params["w2"], params["w3"])
     biases: Three = (params.get("b1"), params.get("b2"), params.get("b3"))
     copies, sample = None, None
@@ -152,5 +196,42 @@ def ffn(
     b1, b2, b3 = (bias is not None for bias in biases)
     source, slot, count = (None, None, 0) if routed is None else routed
     prepared = len(copies[0]) if copies else 0
-    static = FFN(recipe, chosen.name, (b1, b2, b3), count, prepared, where)
-    return _ffn(static, *Operands(x, weights, biases, offs, source, slot, copies, sample).flat())
+    static = FFN(recipe, chosen.name, (b1, b2, b3), count, prepared, probe is not None, where)
+    return static, Operands(x, weights, biases, offs, source, slot, probe, copies, sample)
+
+
+def ffn(
+    params: Mapping[str, Any],
+    x: Tensor,
+    offs: Tensor,
+    recipe: Recipe,
+    implementation: str | Sequence[str] | None,
+    *,
+    routed: Routed | None = None,
+    quantized: QuantizedParams | None = None,
+    probe: Any = None,
+    where: str = "params",
+) -> Tensor:
+    """The feed-forward of checked ``params`` on sorted rows, or on tokens and how they are ``routed``."""
+    zeros = None if probe is None else pack_probe(probe, recipe)
+    static, operands = _prepare(params, x, offs, recipe, implementation, routed, quantized, zeros, where)
+    return _ffn(static, *operands.flat())
+
+
+def ffn_statistics(
+    params: Mapping[str, Any],
+    x: Tensor,
+    offs: Tensor,
+    recipe: Recipe,
+    implementation: str | Sequence[str] | None,
+    *,
+    routed: Routed | None = None,
+    quantized: QuantizedParams | None = None,
+) -> Statistics:
+    """The statistics of its forward operands."""
+    if not entries(FORWARD, recipe):
+        return {}
+    if quantized is not None:  # measured are the weights themselves, as that implementation quantises
+        implementation = quantized.source.implementation
+    static, operands = _prepare(params, x, offs, recipe, implementation, routed, None, None, "params")
+    return unpack(_statistics(static, *(t.detach() for t in operands.flat())), FORWARD, recipe)

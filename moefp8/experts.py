@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefp8._ffn import ffn
+from moefp8._ffn import ffn, ffn_statistics
 from moefp8._operands import check_operand
 from moefp8.groups import check_offs
 from moefp8.quantized import QuantizedParams
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import check_param
+from moefp8.statistics import Statistics
 
 
 def expert_ffn(
@@ -22,6 +23,7 @@ def expert_ffn(
     recipe: Recipe = MXFP8,
     implementation: str | Sequence[str] | None = None,
     quantized: QuantizedParams | None = None,
+    probe: Statistics | None = None,
 ) -> Tensor:
     """The SwiGLU feed-forward of each expert on its own rows.
 
@@ -42,6 +44,7 @@ def expert_ffn(
         recipe, implementation: as for :func:`scaled_grouped_mm`.
         quantized: the weights as :func:`quantize_params` quantised them, to be read instead of quantising
             again; gradients are those of ``params``.
+        probe: from :func:`cotangent_probe`; its gradient is the statistics of the cotangents.
 
     Returns:
         ``(M, D)`` of the dtype of ``x``.
@@ -55,6 +58,48 @@ def expert_ffn(
     >>> expert_ffn({"w1": up, "w2": down, "w3": up}, torch.ones(5, 32), offs).shape
     torch.Size([5, 32])
     """
+    _check(params, x, offs, recipe)
+    return ffn(params, x, offs, recipe, implementation, quantized=quantized, probe=probe)
+
+
+def expert_statistics(
+    params: Mapping[str, Any],
+    x: Tensor,
+    offs: Tensor,
+    *,
+    recipe: Recipe = MXFP8,
+    implementation: str | Sequence[str] | None = None,
+) -> Statistics:
+    """How the forward operands of :func:`expert_ffn` fare when they are quantised.
+
+    It repeats the products of gate and up to know ``hidden``, so it costs two thirds of a forward, and
+    some ten passes over each operand: something to do once in a while. For the cotangents see
+    :func:`cotangent_probe`.
+
+    Args:
+        params, x, offs, recipe, implementation: as for :func:`expert_ffn`.
+
+    Returns:
+        A dict of dicts of :class:`OperandStats`: of ``"x"`` and ``"hidden"`` under ``"fwd"`` (along their
+        columns) and ``"wgrad"`` (along the rows of each expert), of ``"w1"``, ``"w2"`` and ``"w3"`` under
+        ``"fwd"`` and ``"dgrad"`` (along columns and rows of each matrix), where ``recipe`` quantises those.
+        They have no gradient.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`expert_ffn`.
+
+    >>> weight = torch.ones(1, 32, 32)
+    >>> params = {"w1": weight, "w2": weight, "w3": weight}
+    >>> x = torch.full((1, 32), 2.0**-16)
+    >>> x[0, :8] = 1.0
+    >>> expert_statistics(params, x, torch.tensor([1], dtype=torch.int32))["x"]["fwd"].subnormal
+    tensor(0.7500)
+    """
+    _check(params, x, offs, recipe)
+    return ffn_statistics(params, x, offs, recipe, implementation)
+
+
+def _check(params: Mapping[str, Any], x: Tensor, offs: Tensor, recipe: Recipe) -> None:
     check_recipe(recipe)
     check_operand(x, "x", recipe)
     if x.ndim != 2:
@@ -64,7 +109,6 @@ def expert_ffn(
     num_experts, hidden, _ = params["w1"].shape
     check_ffn(params, (num_experts,), x.shape[1], hidden, recipe, "params", x)
     check_offs(offs, num_experts, x)
-    return ffn(params, x, offs, recipe, implementation, quantized=quantized)
 
 
 def shared_ffn(

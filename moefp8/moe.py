@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
-from moefp8._ffn import Routed, ffn, sum_copies
+from moefp8._ffn import Routed, ffn, ffn_statistics, sum_copies
 from moefp8._operands import check_operand
 from moefp8.experts import check_ffn, shared_ffn
 from moefp8.kernels.combine import combine, combine_backward
@@ -32,6 +32,7 @@ from moefp8.routing import (
     route,
     routing_stats,
 )
+from moefp8.statistics import Statistics
 
 Params = dict[str, Any]
 
@@ -234,6 +235,8 @@ def moe_ffn(
     recipe: Recipe = MXFP8,
     implementation: str | Sequence[str] | None = None,
     quantized: QuantizedParams | None = None,
+    statistics: bool = False,
+    probe: Statistics | None = None,
 ) -> tuple[Tensor, MoEStats]:
     """Dropless Mixture-of-Experts feed-forward layer, as a function of a plain dict.
 
@@ -254,6 +257,10 @@ def moe_ffn(
         recipe, implementation: as for :func:`scaled_grouped_mm`.
         quantized: the experts' weights as :func:`quantize_params` quantised them, to be read instead of
             quantising again; gradients are those of ``params``.
+        statistics: measure the forward operands of the routed experts as well, as
+            :func:`expert_statistics` does and at its cost.
+        probe: from :func:`cotangent_probe`; its gradient is the statistics of the cotangents of the
+            routed experts.
 
     Returns:
         ``(y, stats)``: ``y`` of the shape and dtype of ``x``, and :class:`MoEStats`.
@@ -280,15 +287,21 @@ def moe_ffn(
     order = sort_by_expert(routing.indices, config.num_experts)
     if config.scores_on == "input":
         row_weight = _take(_Take(1), weights.reshape(-1, 1), order.source, order.slot)
-        rows = (gather_rows(tokens, order, config.top_k) * row_weight).to(x.dtype)
-        rows = ffn(params, rows, order.offs, recipe, implementation, quantized=quantized)
+        into = (gather_rows(tokens, order, config.top_k) * row_weight).to(x.dtype)
+        routed = None
     else:
         # The gather goes with the feed-forward, which may quantise rows as it copies them.
+        into = tokens
         routed = Routed(order.source // config.top_k, order.slot, config.top_k)
-        rows = ffn(params, tokens, order.offs, recipe, implementation, routed=routed, quantized=quantized)
+    arguments = (params, into, order.offs, recipe, implementation)
+    rows = ffn(*arguments, routed=routed, quantized=quantized, probe=probe)
     y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
     if "shared" in params:
         shared = None if quantized is None else shared_copies(quantized)
         y = y + shared_ffn(params["shared"], tokens, recipe, implementation, shared)
-    return y.reshape(x.shape), routing_stats(routing)
+    stats = routing_stats(routing)
+    if statistics:
+        measured = ffn_statistics(*arguments, routed=routed, quantized=quantized)
+        stats = stats._replace(operands=measured)
+    return y.reshape(x.shape), stats

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefp8.mx import check_float
+from moefp8.statistics import Statistics
 
 SCORES = ("softmax", "sigmoid")
 SIDES = ("output", "input")
@@ -81,11 +82,13 @@ class MoEStats(NamedTuple):
         tokens_per_expert: ``(E,)`` int64, rows each expert got; they sum to T * top_k.
         load_balance_loss: scalar, 1 for an even spread and E for a single expert.
         z_loss: scalar, mean square of the router's log-partition.
+        operands: what :func:`expert_statistics` returns, if it was asked for; else empty.
     """
 
     tokens_per_expert: Tensor
     load_balance_loss: Tensor
     z_loss: Tensor
+    operands: Statistics | tuple[()] = ()  # not None, which transforms take for a leaf
 
 
 def check_config(config: MoEConfig) -> None:
