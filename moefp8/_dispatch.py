@@ -95,6 +95,21 @@ def ffn_requests(
     ]
 
 
+def wanted_names(
+    wanted: str | Sequence[str] | None, device: torch.device, registry: dict[str, Implementation]
+) -> list[str]:
+    """Names of the implementations to try on ``device``, in order; ValueError for an unknown one."""
+    names = list(registry) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in registry]
+    if unknown or not names:
+        known = ", ".join(map(repr, registry))
+        raise ValueError(f"implementation: expected one or more of {known}, got {wanted!r}")
+    # One name may stand for several implementations, each for other hardware.
+    on_device = (registry[name].name_on for name in names)
+    found = (name if named is None else named(device) for name, named in zip(names, on_device, strict=True))
+    return list(dict.fromkeys(found))
+
+
 def choose(
     wanted: str | Sequence[str] | None, requests: Sequence[Request], registry: dict[str, Implementation]
 ) -> Implementation:
@@ -105,17 +120,8 @@ def choose(
         NotImplementedError: a single name that refuses.
         ExceptionGroup: several, and all refuse; one NotImplementedError each.
     """
-    names = list(registry) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
-    unknown = [name for name in names if name not in registry]
-    if unknown or not names:
-        known = ", ".join(map(repr, registry))
-        raise ValueError(f"implementation: expected one or more of {known}, got {wanted!r}")
-    # One name may stand for several implementations, each for other hardware.
-    device = requests[0].device
-    on_device = (registry[name].name_on for name in names)
-    names = [name if named is None else named(device) for name, named in zip(names, on_device, strict=True)]
     refusals = []
-    for name in dict.fromkeys(names):
+    for name in wanted_names(wanted, requests[0].device, registry):
         refused = (registry[name].refuse(request) for request in requests)
         reason = next((why for why in refused if why is not None), None)
         if reason is None:

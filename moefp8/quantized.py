@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from moefp8._custom_vjp import non_differentiable
-from moefp8._dispatch import choose, ffn_requests
+from moefp8._dispatch import choose, ffn_requests, wanted_names
 from moefp8._leaf import by_loop, leaf
 from moefp8._operands import check_operand
 from moefp8.kernels import REGISTRY
@@ -249,8 +249,7 @@ def check_quantized(
     source = quantized.source
     if source.recipe != recipe:
         raise ValueError(f"quantized: was made for {source.recipe}, but recipe is {recipe}")
-    wanted = [implementation] if isinstance(implementation, str) else implementation
-    if wanted is not None and source.implementation not in wanted:
+    if source.implementation not in wanted_names(implementation, weights[0].device, REGISTRY):
         raise ValueError(
             f"quantized: was made by implementation {source.implementation!r}, got {implementation!r}"
         )
