@@ -60,12 +60,13 @@ def test_ratios_pair_the_times_of_a_round() -> None:
             return 0.0
 
     baseline = candidates.Candidate(peers.BASELINE, lambda case: lambda: 1.0, fp8=False)
-    two = [baseline, candidates.Candidate("half as fast", lambda case: lambda: 2.0)]
+    two = [baseline, candidates.Candidate(peers.TORCHAO, lambda case: lambda: 2.0)]
     rows = measure_shape(
         TINY, two, Fake(CPU), ceilings.Ceilings(1.0, 1.0, math.nan),
         unequal=None, backward=True, repeats=4, advance=lambda: None,
     )  # fmt: skip
     assert [row.figures["speedup"] for row in rows] == [1.0, 0.5]
+    assert [row.figures["over_torchao"] for row in rows] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("backward", [True, False])

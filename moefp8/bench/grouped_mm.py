@@ -13,7 +13,7 @@ import torch
 
 from moefp8.bench.candidates import Candidate, Case, make_case
 from moefp8.bench.ceilings import Ceilings
-from moefp8.bench.peers import BASELINE
+from moefp8.bench.peers import BASELINE, TORCHAO
 from moefp8.bench.problem import Operands, Problem, draw, unequal_offs
 from moefp8.bench.refusals import may_raise
 from moefp8.bench.run import Outcome, start
@@ -113,6 +113,8 @@ def _figures(
 
     if (speedup := over((layout, BASELINE))) is not None:
         figures["speedup"] = speedup
+    if (ratio := over((layout, TORCHAO))) is not None:
+        figures["over_torchao"] = ratio
     if (equal := over(("equal", outcome.candidate.name))) is not None and layout == "unequal":
         figures["over_equal"] = 1 / equal
     peak_share = over((layout, PEAK))

@@ -75,6 +75,8 @@ def _grouped_mm(rows: Sequence[Row]) -> list[str]:
         ):
             if key in row:
                 parts.append(f"{100 * row[key]:.0f} % {text}")
+        if "over_torchao" in row:
+            parts.append(f"{row['over_torchao']:.2f}x of torchao")
         if "over_equal" in row:
             parts.append(f"{100 * (row['over_equal'] - 1):+.1f} % over equal groups")
         return ", ".join(parts)

@@ -18,6 +18,7 @@ from moefp8.bench.candidates import Candidate, Case, Results, differentiable
 from moefp8.bench.ceilings import fp8_mm, no_fp8
 
 BASELINE = "torch bf16"
+TORCHAO = "torchao fp8 rowwise"
 #: Accumulators of FP8 products: added up in float32 every 128 of the contraction, or never.
 PRECISE, FAST = "precise", "fast"
 
@@ -27,7 +28,7 @@ def peers() -> list[Candidate]:
     return [
         Candidate(BASELINE, lambda case: differentiable(_torch_bf16, case), fp8=False),
         # It tunes 36 forms of one kernel, 8 of another, at every new number of rows and groups.
-        Candidate("torchao fp8 rowwise", _torchao_rowwise, _refuse_torchao_rowwise, tunes=True),
+        Candidate(TORCHAO, _torchao_rowwise, _refuse_torchao_rowwise, tunes=True),
         Candidate("torchao mxfp8", _torchao_mx("AUTO"), _refuse_torchao_mx, tunes=True),
         Candidate("torchao mxfp8 emulated", _torchao_mx("EMULATED"), _refuse_torchao_emulated),
         *(

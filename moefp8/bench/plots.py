@@ -150,28 +150,46 @@ def products(path: Path, rows: Sequence[gemm.Row]) -> Path:
 
 
 def promotion(path: Path, rows: Sequence[promotion_.Row]) -> Path:
-    """Speed against bias, a point for every interval and a line for every product; cuBLAS beside them."""
-    figure, axes = _axes(7.0, 4.6)
-    own = "over_precise" if any("over_precise" in row.figures for row in rows) else "rate"
-    for colour, product in zip(("C0", "C1", "C2"), accumulation.PRODUCTS, strict=True):
-        mine = [r for r in rows if r.product == product and own in r.figures and r.bias]
-        for ours in (True, False):
-            part = [r for r in mine if (r.promote is not None) == ours and r.candidate != gemm.BF16]
-            if not part:
-                continue
-            x = [max(100.0 * abs(r.bias[max(r.bias)]), 1e-3) for r in part]
-            y = [r.figures[own] for r in part]
-            label = product if ours else f"{product}, others"
-            axes.plot(x, y, "o-" if ours else "x", color=colour, label=label, markersize=5)
-            for row, at_x, at_y in zip(part, x, y, strict=True):
-                text = row.candidate.removeprefix("moefp8, ")
-                axes.annotate(text, (at_x, at_y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.grid(axis="x", alpha=0.3)
+    """Speed against bias, a panel for each product: a line of our intervals, and the peers beside it."""
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    relative = any("over_precise" in row.figures for row in rows)
     longest = max((length for row in rows for length in row.bias), default=0)
-    axes.set_xlabel(f"|bias| at a contraction of {longest}, % (positive data; 0.001 or less at the left)")
-    axes.set_ylabel("speed over cuBLAS FP8, precise" if own == "over_precise" else "FLOP/s")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    peers = dict.fromkeys(r.candidate for r in rows if r.promote is None and r.candidate != gemm.BF16)
+    marks = dict(zip(peers, "xX+Pvs", strict=False))
+    for axes, product in zip(
+        figure.subplots(1, 3, sharey=True, sharex=True), accumulation.PRODUCTS, strict=True
+    ):
+
+        def point(row: promotion_.Row) -> tuple[float, float]:
+            speed = row.figures["over_precise"] if relative else row.figures["rate"]
+            return max(100.0 * abs(row.bias[longest]), 1e-3), speed
+
+        mine = [r for r in rows if r.product == product and r.figures and longest in r.bias]
+        ours = [row for row in mine if row.promote is not None]
+        if ours:
+            axes.plot(*zip(*map(point, ours), strict=True), "o-", color="C0", label="moefp8")
+        for row in ours:
+            interval = row.candidate.removeprefix("moefp8, ").removeprefix("promoted every ")
+            interval = interval.removesuffix(" promoted")
+            axes.annotate(interval, point(row), (0, 7), textcoords="offset points", fontsize=8, ha="center")
+        for row in mine:
+            if row.candidate in marks:
+                axes.plot(*point(row), marks[row.candidate], color="0.35", label=row.candidate)
+        axes.set_xscale("log")
+        axes.set_title(product, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.12, y=0.15)
+    figure.axes[0].set_ylabel("speed over cuBLAS FP8, precise" if relative else "FLOP/s")
+    figure.axes[1].set_xlabel(f"results too small at a contraction of {longest} by, % (labels: interval)")
+    handles = {
+        text: handle
+        for axes in figure.axes
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=5, fontsize=8, frameon=False
+    )
     return _save(figure, path)
 
 

@@ -108,6 +108,7 @@ def _milliseconds(x: float) -> str:
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "median_s": ("ms", _milliseconds),
     "speedup": ("over bf16", "{:.2f}x".format),
+    "over_torchao": ("over torchao", "{:.2f}x".format),
     "over_bf16": ("over bf16", "{:.2f}x".format),
     "over_precise": ("over precise", "{:.3f}x".format),
     "over_fast": ("over fast", "{:.3f}x".format),
