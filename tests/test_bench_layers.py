@@ -77,7 +77,7 @@ def test_fp8_keeps_less_than_bf16() -> None:
 def test_fewer_tokens_where_memory_runs_out() -> None:
     said: list[str] = []
 
-    def layer(problem: layers.LayerProblem):
+    def layer(problem: layers.LayerProblem, params: layers.Params):
         def step(params, x):
             if problem.tokens > 64:
                 raise torch.OutOfMemoryError("a long story")
@@ -142,7 +142,7 @@ def test_time_by_part_adds_up() -> None:
 
 
 def test_moe_layer_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    args = "moe-layer --device cpu --tokens 32 --repeats 2 --recipe mxfp8"
+    args = "moe-layer --device cpu --tokens 32 --repeats 2 --recipe mxfp8 --quantized"
     main([*args.split(), "--json", str(tmp_path / "l.json"), "--png", str(tmp_path / "l.png")])
     rows = {(row["candidate"], row["layout"]): row for row in written(tmp_path / "l.json")["rows"]}
     ours = rows["moefp8 mxfp8", "balanced"]
@@ -150,6 +150,7 @@ def test_moe_layer_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert ours["problem"]["tokens"] == 32
     assert ours["speedup"] > 0
     assert ours["parts"]["quantise"] > 0
+    assert rows["moefp8 mxfp8, weights ready", "balanced"]["median_s"] > 0
     assert rows["moefp8 mxfp8", "skewed"]["over_balanced"] > 0
     assert rows[moe_layer.EAGER, "balanced"]["kept_bytes_ratio"] == 1.0
     assert rows[moe_layer.COMPILED, "balanced"]["missing"] == "is compiled for a CUDA device only"

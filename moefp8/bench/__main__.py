@@ -131,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     )
     layers.add_argument("--tokens", type=positive, help="instead of the published number")
     layers.add_argument("--auto", action="store_true", help="add recipe='auto'")
+    layers.add_argument("--quantized", action="store_true", help="add weights quantised beforehand")
     layers.add_argument("--compile", action="store_true", help="compile this library's layer as well")
     accuracy = command("accumulation", "Bias of long sums, and SQNR by distribution.", shapes=False)
     products(accuracy, ["mxfp8", "fp8_rowwise", "mxfp8_exact"])

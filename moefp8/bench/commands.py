@@ -213,7 +213,7 @@ def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
     recipes: dict[str, Recipe | str] = {name: PRESETS[name] for name in args.recipe or args.recipes}
     if args.auto:
         recipes["auto"] = "auto"
-    own = moe_layer.ours(recipes, args.implementation, args.compile)
+    own = moe_layer.ours(recipes, args.implementation, compiled=args.compile, quantized=args.quantized)
     candidates = session.kept([*moe_layer.baselines(), *own])
     rows: list[moe_layer.Row] = session.rows
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefp8 import expert_ffn, moe_ffn
+from moefp8 import BF16, expert_ffn, moe_ffn, quantize_params
 from moefp8.bench.layers import (
     Inputs,
     Layer,
     LayerProblem,
+    Params,
     bf16_experts,
     bf16_layer,
     draw_layer,
@@ -41,13 +42,13 @@ class LayerCandidate(NamedTuple):
 
     Attributes:
         name: as it stands in tables.
-        layer: makes ``layer(params, x)`` for a problem.
+        layer: makes ``layer(params, x)`` for a problem and its parameters.
         experts: the expert feed-forward alone, for the bytes that it keeps.
         refuse: why it cannot run, or None.
     """
 
     name: str
-    layer: Callable[[LayerProblem], Layer]
+    layer: Callable[[LayerProblem, Params], Layer]
     experts: Callable[[], Experts]
     refuse: Callable[[torch.device], str | None] = lambda device: None
 
@@ -84,10 +85,10 @@ def baselines() -> list[LayerCandidate]:
         return None if device.type == "cuda" else "is compiled for a CUDA device only"
 
     return [
-        LayerCandidate(EAGER, lambda p: bf16_layer(p.config, take_eager), lambda: bf16_experts),
+        LayerCandidate(EAGER, lambda p, _: bf16_layer(p.config, take_eager), lambda: bf16_experts),
         LayerCandidate(
             COMPILED,
-            lambda p: _compiled(bf16_layer(p.config, take_plain)),
+            lambda p, _: _compiled(bf16_layer(p.config, take_plain)),
             lambda: _compiled(bf16_experts),
             no_gpu,
         ),
@@ -95,23 +96,37 @@ def baselines() -> list[LayerCandidate]:
 
 
 def ours(
-    recipes: dict[str, Recipe | str], implementation: str | None, compiled: bool
+    recipes: dict[str, Recipe | str],
+    implementation: str | None,
+    *,
+    compiled: bool = False,
+    quantized: bool = False,
 ) -> list[LayerCandidate]:
-    """``moe_ffn`` under each recipe, and compiled as well if asked for."""
+    """``moe_ffn`` under each recipe; if asked for also compiled, and with weights quantised beforehand."""
 
-    def candidate(name: str, recipe: Any, wrap: Callable[[Any], Any]) -> LayerCandidate:
-        def layer(problem: LayerProblem) -> Layer:
-            call = partial(moe_ffn, config=problem.config, recipe=recipe, implementation=implementation)
-            return wrap(lambda params, x: call(params, x)[0])
+    def candidate(name: str, recipe: Any, *, compile_: bool = False, reuse: bool = False) -> LayerCandidate:
+        how: dict[str, Any] = {"recipe": recipe, "implementation": implementation}
 
-        experts = partial(expert_ffn, recipe=recipe, implementation=implementation)
-        return LayerCandidate(name, layer, lambda: experts)
+        def layer(problem: LayerProblem, params: Params) -> Layer:
+            # As for the second micro-batch of a step: quantised once, outside of what is timed.
+            ready: dict[str, Any] = {"quantized": quantize_params(params, **how)} if reuse else {}
+            call = partial(moe_ffn, config=problem.config, **how, **ready)
 
-    found = [candidate(f"moefp8 {name}", recipe, lambda fn: fn) for name, recipe in recipes.items()]
-    if compiled:
-        found += [
-            candidate(f"moefp8 {name}, compiled", recipe, _compiled) for name, recipe in recipes.items()
-        ]
+            def own(params: Params, x: Tensor) -> Tensor:
+                y, _ = call(params, x)
+                return y
+
+            return _compiled(own) if compile_ else own
+
+        return LayerCandidate(name, layer, lambda: partial(expert_ffn, **how))
+
+    found = []
+    for name, recipe in recipes.items():
+        found.append(candidate(f"moefp8 {name}", recipe))
+        if quantized and recipe != BF16:
+            found.append(candidate(f"moefp8 {name}, weights ready", recipe, reuse=True))
+        if compiled:
+            found.append(candidate(f"moefp8 {name}, compiled", recipe, compile_=True))
     return found
 
 
@@ -171,7 +186,7 @@ def _measure(
         if missing[candidate.name] is not None:
             continue
         try:
-            layer = candidate.layer(problem)
+            layer = candidate.layer(problem, balanced.params)
             own = {layout: step_of(layer, inputs[layout]) for layout in LAYOUTS}
             first = timer.first_call(own["balanced"])
             timer.first_call(own["skewed"])
