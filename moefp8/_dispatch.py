@@ -56,7 +56,8 @@ class Implementation(NamedTuple):
     #: ``quantize_weights`` gave for each weight. ``kept`` is for the backward; it may hold operands.
     ffn_forward: Callable
     #: ``ffn_backward(kept, x, source, weights, biases, offs, g, recipe, needed) -> gradients`` of the
-    #: sorted rows (M, D), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools).
+    #: sorted rows (M, D), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools). That of the
+    #: rows may be a pair to be added, so that one pass can add the pair and the copies of a token.
     ffn_backward: Callable
     #: ``quantize_weights(w (G, N, K), recipe) -> tensors``: both copies of a weight that products read,
     #: along K for the forward and along N for dgrad. Their number does not depend on ``w``.

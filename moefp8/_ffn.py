@@ -10,7 +10,7 @@ from moefp8._custom_vjp import custom_vjp, non_differentiable
 from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
-from moefp8.kernels.combine import combine
+from moefp8.kernels.combine import combine, combine_pair
 from moefp8.kernels.ffn import Three, gather, swiglu, swiglu_backward
 from moefp8.quantized import QuantizedParams, check_quantized, unchanged
 from moefp8.recipe import Recipe
@@ -95,9 +95,14 @@ class Operands(NamedTuple):
         return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot, probe, prepared, sample)
 
 
-def sum_copies(rows: Tensor, slot: Tensor, copies: int) -> Tensor:
-    """Add up the ``copies`` rows of each token, in float32 and rounded once: a gather's transpose."""
-    return combine(rows, slot, None, copies)
+def sum_copies(rows: Tensor | tuple[Tensor, Tensor], slot: Tensor, copies: int) -> Tensor:
+    """Add up the ``copies`` rows of each token, in float32 and rounded once: a gather's transpose.
+
+    Of a pair the rows are the sum, as the products for gate and up give them.
+    """
+    return (
+        combine_pair(*rows, slot, copies) if isinstance(rows, tuple) else combine(rows, slot, None, copies)
+    )
 
 
 def _ffn_fwd(static: FFN, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -124,6 +129,8 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
     )
     if dx is not None and x.slot is not None:
         dx = sum_copies(dx, x.slot, static.copies)
+    elif isinstance(dx, tuple):
+        dx = dx[0] + dx[1]
     weights, present = gradients[:3], zip(gradients[3:], static.has_bias, strict=True)
     grads = [dx, *weights, *(db for db, has in present if has)]
     grads += [None] * (3 if static.copies else 1)  # offs, source, slot

@@ -34,6 +34,14 @@ def test_combine(shape, dtype, weighted, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_pair(dtype, device):
+    y, slot, _, _ = operands(6, 4, 80, dtype, device)
+    other = draw(y.shape, device, dtype=dtype, seed=7)
+    got = combine_gpu.combine_pair(y, other, slot, 4)
+    same_bits(got, combine.reference_pair(y, other, slot, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 3, 48), (3, 1, 16), (2, 8, 2064), (0, 2, 32)])
 def test_combine_backward(shape, dtype, device):
     """Rows bit for bit; each of the two sums of n products within n roundings of the sum of magnitudes."""

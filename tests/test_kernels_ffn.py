@@ -229,7 +229,8 @@ def feed_forward(
     common = (x, source, weights, biases, layout.offs(device))
     out, kept = implementation.ffn_forward(*common, recipe, copies)
     g = draw((layout.rows, dim), device, seed=9)
-    return out, *implementation.ffn_backward(kept, *common, g, recipe, needed)
+    dx, *rest = implementation.ffn_backward(kept, *common, g, recipe, needed)
+    return out, dx[0] + dx[1] if isinstance(dx, tuple) else dx, *rest
 
 
 WHOLE = [  # (layout, preset, options)

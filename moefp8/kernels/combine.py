@@ -1,6 +1,7 @@
 """Add up the rows that belong to each token, in one pass, and the transpose of that.
 
     combine           out[t] = sum over j of  weights[t, j] * y[slot[t k + j]]
+    combine_pair      out[t] = sum over j of  (y + other)[slot[t k + j]]
     combine_backward  dy[slot[t k + j]] = weights[t, j] * g[t],   dweights[t, j] = y[slot[t k + j]] . g[t]
 
 Weights may be left out. Computed in float32, one addition after the other in the order of j, and rounded
@@ -51,6 +52,11 @@ def _fake(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tenso
     return y.new_empty(slot.shape[0] // copies, y.shape[1])
 
 
+def reference_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
+    """The twin of ``combine_gpu.combine_pair``."""
+    return reference(y + other, slot, None, copies)
+
+
 @leaf("combine", fake=_fake, vmap=by_loop)
 def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
     """``out[t] = sum over j of weights[t, j] * y[slot[t * copies + j]]``, (T, D) of the dtype of ``y``.
@@ -62,6 +68,16 @@ def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Ten
         copies: rows to a token, at least 1.
     """
     return (combine_gpu.combine if _on_gpu(y) else reference)(y, slot, weights, copies)
+
+
+def _fake_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
+    return _fake(y, slot, None, copies)
+
+
+@leaf("combine_pair", fake=_fake_pair, vmap=by_loop)
+def combine_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
+    """:func:`combine` of ``y + other``, that sum rounded to their dtype, without weights."""
+    return (combine_gpu.combine_pair if _on_gpu(y) else reference_pair)(y, other, slot, copies)
 
 
 def _fake_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

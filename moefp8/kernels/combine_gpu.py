@@ -18,8 +18,9 @@ _COLUMNS = 2048
 
 @triton.jit
 def _combine_kernel(
-    y, out, slot, weights, columns,
-    COPIES: tl.constexpr, WEIGHTED: tl.constexpr, HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
+    y, other, out, slot, weights, columns,
+    COPIES: tl.constexpr, WEIGHTED: tl.constexpr, PAIR: tl.constexpr,
+    HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: some columns of one token.
     token = tl.program_id(0)
@@ -27,7 +28,10 @@ def _combine_kernel(
     inside = column < columns
     total = tl.zeros((COLUMNS,), tl.float32)
     for j in tl.static_range(COPIES):
-        row = load_wide(y, tl.load(slot + token * COPIES + j) * columns + column, inside)
+        at = tl.load(slot + token * COPIES + j) * columns + column
+        row = load_wide(y, at, inside)
+        if PAIR:
+            row = rounded(row + load_wide(other, at, inside), y.dtype.element_ty, HARDWARE)
         if WEIGHTED:
             row = row * tl.load(weights + token * COPIES + j).to(tl.float32)
         if j == 0:
@@ -63,19 +67,30 @@ def _columns(columns: int) -> int:
     return min(triton.next_power_of_2(columns), _COLUMNS)
 
 
-def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
-    """See ``combine.combine``."""
+def _launch(y: Tensor, other: Tensor | None, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
     tokens, columns = slot.shape[0] // copies, y.shape[1]
     out = y.new_empty(tokens, columns)
     if out.numel():
         piece = _columns(columns)
         scores = out if weights is None else weights.contiguous()
+        second = out if other is None else other.contiguous()
         _combine_kernel[(tokens, triton.cdiv(columns, piece))](
-            y.contiguous(), out, slot.contiguous(), scores, columns,
-            COPIES=copies, WEIGHTED=weights is not None, HARDWARE=y.device.type == "cuda",
-            COLUMNS=piece, num_warps=max(piece // 512, 1), enable_fp_fusion=False,
+            y.contiguous(), second, out, slot.contiguous(), scores, columns,
+            COPIES=copies, WEIGHTED=weights is not None, PAIR=other is not None,
+            HARDWARE=y.device.type == "cuda", COLUMNS=piece,
+            num_warps=max(piece // 512, 1), enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
+    """See ``combine.combine``."""
+    return _launch(y, None, slot, weights, copies)
+
+
+def combine_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
+    """See ``combine.combine_pair``."""
+    return _launch(y, other, slot, None, copies)
 
 
 def combine_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

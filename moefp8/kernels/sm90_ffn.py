@@ -116,7 +116,7 @@ def fuse(composed: Composed) -> Composed:
         g: Tensor,
         recipe: Recipe,
         needed: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | tuple[Tensor, Tensor] | None, ...]:
         if not _served(recipe):
             return composed.backward(kept, x, source, weights, biases, offs, g, recipe, needed)
         _, dgrad, wgrad = recipe
@@ -156,7 +156,7 @@ def fuse(composed: Composed) -> Composed:
                 del for_gate, for_up
             del d_hidden  # memory that the rest can use
             if x_needed:
-                dx = product(d_gate, 0) + product(d_up, 2)
+                dx = product(d_gate, 0), product(d_up, 2)
             del d_gate, d_up
         else:
             hidden_columns = quantize_columns(ffn.swiglu(gate, up), layout, hidden_maxima, wgrad)
