@@ -110,10 +110,9 @@ def ours(
         def layer(problem: LayerProblem, params: Params) -> Layer:
             # As for the second micro-batch of a step: quantised once, outside of what is timed.
             ready: dict[str, Any] = {"quantized": quantize_params(params, **how)} if reuse else {}
-            call = partial(moe_ffn, config=problem.config, **how, **ready)
 
             def own(params: Params, x: Tensor) -> Tensor:
-                y, _ = call(params, x)
+                y, _ = moe_ffn(params, x, config=problem.config, **how, **ready)
                 return y
 
             return _compiled(own) if compile_ else own
