@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moefp8 import scaled_grouped_mm
 from moefp8._operands import prepare
-from moefp8.bench.problem import Operands, Problem, common_multiple
+from moefp8.bench.problem import NEVER, Operands, Problem, common_multiple
 from moefp8.bench.refusals import REFUSALS, explain
 from moefp8.recipe import PRESETS, Recipe
 
@@ -85,7 +85,7 @@ def named_recipes(names: Sequence[str], promote: Sequence[int]) -> dict[str, Rec
         chosen[name] = recipe
         for interval in promote if recipe != PRESETS["bf16"] else ():
             gemms = (gemm._replace(promote=interval) for gemm in recipe)
-            chosen[f"{name}, promote={interval}"] = Recipe(*gemms)
+            chosen[f"{name}, promote={'never' if interval >= NEVER else interval}"] = Recipe(*gemms)
     return chosen
 
 

@@ -210,7 +210,10 @@ def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
         raise SystemExit(f"--layer: expected a part of one of {[p.name for p in published]}")
     if args.tokens is not None:
         problems = [problem._replace(tokens=args.tokens) for problem in problems]
-    recipes: dict[str, Recipe | str] = {name: PRESETS[name] for name in args.recipe or args.recipes}
+    presets = {name: PRESETS[name] for name in args.recipe or args.recipes}
+    session.environment["implementations"] = chosen(presets, args.implementation, device)
+    report.show_implementations(session.console, session.environment["implementations"])
+    recipes: dict[str, Recipe | str] = dict(presets)
     if args.auto:
         recipes["auto"] = "auto"
     own = moe_layer.ours(recipes, args.implementation, compiled=args.compile, quantized=args.quantized)
