@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -145,6 +146,53 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    console.print(f"plot: {path}")
+
+
+def plot_statistics(
+    name: str, steps: Tensor, keys: Sequence[tuple[str, str, str]], values: Tensor, path: Path
+) -> None:
+    """How operands fare under quantisation over a run: ``values`` (evaluations, layers, keys).
+
+    ``keys`` are (operand, product, field). The mean over layers; weights are one line, their mean.
+    """
+    panels = {
+        "subnormal": "subnormal, % of elements",
+        "flushed": "flushed to zero, % of elements",
+        "spread": "spread of block exponents, binades",
+        "amax": "largest magnitude",
+    }
+    operands = {
+        "x": (["x"], "#33658a"),
+        "hidden": (["hidden"], "#2a9d8f"),
+        "weights": (["w1", "w2", "w3"], "#8e6c8a"),
+        "cotangents: of the output": (["out"], "#e4572e"),
+        "of gate": (["gate"], "#b08900"),
+        "of up": (["up"], "#7a7a7a"),
+    }
+    styles = {"fwd": "-", "dgrad": (0, (5, 2)), "wgrad": ":"}
+    figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
+    for axes, (field, title) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
+        for names, colour in operands.values():
+            for product, style in styles.items():
+                at = [i for i, key in enumerate(keys) if key in [(n, product, field) for n in names]]
+                if at:
+                    curve = values[:, :, at].mean((1, 2)) * (100 if title.endswith("elements") else 1)
+                    axes.plot(steps, curve, color=colour, linestyle=style, linewidth=1.5)
+        axes.set_title(title, loc="left", fontsize=10)
+        if field in ("spread", "amax"):
+            axes.set_xlabel("step")
+        if field == "amax":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    lines = [Line2D([], [], color=colour, label=label) for label, (_, colour) in operands.items()]
+    lines += [Line2D([], [], color="black", linestyle=s, label=product) for product, s in styles.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"Operands of the experts' products under {name}", x=0.01, ha="left", fontweight="bold")
     figure.savefig(path)
     console.print(f"plot: {path}")
 

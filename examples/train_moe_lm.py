@@ -3,6 +3,7 @@
     python examples/train_moe_lm.py                  # bf16, then MXFP8: about 3 minutes on 2 cores
     python examples/train_moe_lm.py --short          # the same in miniature, seconds
     python examples/train_moe_lm.py --recipe mxfp8,fp8_rowwise --steps 1000 --out runs/long
+    python examples/train_moe_lm.py --statistics     # how operands fare when they are quantised, as a plot
 
 The text is what every machine has: the source of the Python standard library, byte by byte, one file
 in 16 held out. Everything is a pure function of a plain pytree, read from top to bottom: model, loss,
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from moefp8 import MoEConfig, Recipe, init_moe_ffn, moe_ffn
+from moefp8 import MoEConfig, Recipe, cotangent_probe, init_moe_ffn, moe_ffn, quantize_params
 from moefp8.recipe import PRESETS
 
 try:
@@ -100,34 +101,42 @@ def attention(block: Params, x: Tensor, heads: int) -> Tensor:
     return F.linear(y.transpose(1, 2).flatten(-2), block["out"])
 
 
-def moe(params: Params, x: Tensor, config: MoEConfig, recipe: Recipe) -> tuple[Tensor, Any]:
-    """The MoE layer on bfloat16 copies of the tokens and of the experts; the router stays float32."""
-    experts = {name: p if name == "router" else p.bfloat16() for name, p in params.items()}
-    y, stats = moe_ffn(experts, x.bfloat16(), config=config, recipe=recipe)
-    return y.float(), stats
+def low(params: Params) -> Params:
+    """Bfloat16 copies of the experts; the router stays float32."""
+    return {name: p if name == "router" else p.bfloat16() for name, p in params.items()}
 
 
-def model(params: Params, tokens: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, list]:
-    """Logits (batch, length, vocab) for the byte after each byte of ``tokens``, and MoEStats a layer."""
+def model(
+    params: Params, tokens: Tensor, config: ModelConfig, recipe: Recipe, options: list[Params] | None = None
+) -> tuple[Tensor, list]:
+    """Logits (batch, length, vocab) for the byte after each byte of ``tokens``, and MoEStats a layer.
+
+    ``options`` are further arguments of ``moe_ffn``, layer by layer.
+    """
     x = F.embedding(tokens, params["embedding"]) * config.moe.dim**0.5
     stats = []
-    for block in params["blocks"]:
+    for block, more in zip(params["blocks"], options or [{}] * config.layers, strict=True):
         x = x + attention(block, rms_norm(x, block["attention_norm"]), config.heads)
-        y, layer_stats = moe(block["moe"], rms_norm(x, block["moe_norm"]), config.moe, recipe)
-        x = x + y
+        rows = rms_norm(x, block["moe_norm"]).bfloat16()
+        y, layer_stats = moe_ffn(low(block["moe"]), rows, config=config.moe, recipe=recipe, **more)
+        x = x + y.float()
         stats.append(layer_stats)
     return F.linear(rms_norm(x, params["norm"]), params["embedding"]), stats
 
 
-def cross_entropy(params: Params, text: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, list]:
+def cross_entropy(
+    params: Params, text: Tensor, config: ModelConfig, recipe: Recipe, options: list[Params] | None = None
+) -> tuple[Tensor, list]:
     """Mean nats a byte of predicting ``text[:, 1:]`` from what comes before, and MoEStats a layer."""
-    logits, stats = model(params, text[:, :-1], config, recipe)
+    logits, stats = model(params, text[:, :-1], config, recipe, options)
     return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), stats
 
 
-def loss_fn(params: Params, text: Tensor, config: ModelConfig, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def loss_fn(
+    params: Params, text: Tensor, config: ModelConfig, recipe: Recipe, options: list[Params] | None = None
+) -> tuple[Tensor, Tensor]:
     """What is minimised; the cross-entropy alone comes along as an auxiliary output."""
-    entropy, stats = cross_entropy(params, text, config, recipe)
+    entropy, stats = cross_entropy(params, text, config, recipe, options)
     auxiliary = sum(0.02 * s.load_balance_loss + 0.001 * s.z_loss for s in stats)
     return entropy + auxiliary, entropy
 
@@ -176,13 +185,28 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train_step(
-    params: Params, state: AdamState, text: Tensor, rate: float, config: ModelConfig, recipe: Recipe
+    params: Params,
+    state: AdamState,
+    text: Tensor,
+    rate: float,
+    config: ModelConfig,
+    recipe: Recipe,
+    micro_batches: int = 1,
 ) -> tuple[Params, AdamState, Tensor]:
     """New parameters, new optimizer state, and the cross-entropy before the update."""
-    loss = functools.partial(loss_fn, config=config, recipe=recipe)
-    grads, (_, entropy) = torch.func.grad_and_value(loss, has_aux=True)(params, text)
+    options = None
+    if micro_batches > 1:  # the experts are quantised once for all of them
+        options = [{"quantized": quantize_params(low(b["moe"]), recipe)} for b in params["blocks"]]
+    loss = functools.partial(loss_fn, config=config, recipe=recipe, options=options)
+    step = torch.func.grad_and_value(loss, has_aux=True)
+    parts = [step(params, part) for part in text.chunk(micro_batches)]
+
+    def mean(*xs: Tensor) -> Tensor:
+        return torch.stack(xs).mean(0) if len(xs) > 1 else xs[0]
+
+    grads = pytree.tree_map(mean, *(grads for grads, _ in parts))
     params, state = adamw(params, grads, state, rate)
-    return params, state, entropy
+    return params, state, mean(*(entropy for _, (_, entropy) in parts))
 
 
 # --- looking at a model --------------------------------------------------------------------------
@@ -199,6 +223,22 @@ def evaluate(
             losses.append(entropy.item())
             counts.append(torch.stack([s.tokens_per_expert for s in stats]))
     return sum(losses) / len(losses), torch.stack(counts).sum(0)
+
+
+def measure(params: Params, text: Tensor, config: ModelConfig, recipe: Recipe) -> list[Params]:
+    """Statistics of every operand of every layer, by name and product, for one batch.
+
+    Forward operands come as an auxiliary output, cotangents as the gradient of probes that are zero.
+    """
+
+    def loss(probes: list[Params]) -> tuple[Tensor, list]:
+        options = [{"statistics": True, "probe": probe} for probe in probes]
+        entropy, stats = cross_entropy(params, text, config, recipe, options)
+        return entropy, [s.operands for s in stats]
+
+    probes = [cotangent_probe(recipe) for _ in range(config.layers)]
+    cotangents, operands = torch.func.grad(loss, has_aux=True)(probes)
+    return [forward | backward for forward, backward in zip(operands, cotangents, strict=True)]
 
 
 def generate(
@@ -227,6 +267,7 @@ class Run(NamedTuple):
     train_loss: Tensor  # (steps so far,)
     held_out: Tensor  # (evaluations so far, 2): step, loss
     seconds: Tensor
+    statistics: Tensor  # (evaluations so far, layers, leaves of ``measure``), none without --statistics
 
     @property
     def step(self) -> int:
@@ -237,7 +278,8 @@ def new_run(args: argparse.Namespace, config: ModelConfig) -> Run:
     params = init_model(torch.Generator().manual_seed(args.seed), config)
     batches = torch.Generator().manual_seed(args.seed + 1).get_state()
     empty = torch.zeros(0, dtype=torch.float64)
-    return Run(params, adamw_init(params), batches, empty, empty.view(0, 2), torch.zeros(1).double())
+    nothing, seconds = torch.zeros(0, config.layers, 0), torch.zeros(1).double()
+    return Run(params, adamw_init(params), batches, empty, empty.view(0, 2), seconds, nothing)
 
 
 def train(
@@ -258,11 +300,20 @@ def train(
             start = time.perf_counter()
             batch = draw_batch(text, args.batch, args.length, generator)
             rate = learning_rate(run.step, args.steps, args.learning_rate)
-            params, optimizer, entropy = train_step(run.params, run.optimizer, batch, rate, config, recipe)
-            held_out = run.held_out
+            params, optimizer, entropy = train_step(
+                run.params, run.optimizer, batch, rate, config, recipe, args.micro_batches
+            )
+            held_out, statistics = run.held_out, run.statistics
             if int(optimizer.step) % args.every == 0 or int(optimizer.step) == args.steps:
                 point = [float(optimizer.step), evaluate(params, windows, config, recipe)[0]]
                 held_out = torch.cat([held_out, torch.tensor([point], dtype=torch.float64)])
+                if args.statistics and cotangent_probe(recipe):  # bf16 has none
+                    found = [
+                        torch.stack(pytree.tree_leaves(layer))
+                        for layer in measure(params, batch, config, recipe)
+                    ]
+                    new = torch.stack(found)[None]
+                    statistics = torch.cat([statistics, new]) if len(statistics) else new
             run = Run(
                 params,
                 optimizer,
@@ -270,6 +321,7 @@ def train(
                 torch.cat([run.train_loss, entropy.double()[None]]),
                 held_out,
                 run.seconds + (time.perf_counter() - start),
+                statistics,
             )
             report(run)
             if run.step % args.every == 0:
@@ -304,6 +356,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
     add("--every", type=int, default=70, help="steps between held-out points, which are checkpoints too")
     add("--sample", type=int, default=240, help="bytes of text to generate at the end")
+    add("--micro-batches", type=int, default=1, help="parts of a step; experts are quantised once for all")
+    add("--statistics", action="store_true", help="measure operands at held-out points, and plot them")
     add("--seed", type=int, default=0, help="of the weights and the batches")
     add("--out", type=Path, default=Path("runs/train_moe_lm"), help="folder of checkpoints and the plot")
     add(
@@ -321,12 +375,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if name not in PRESETS:
             parser.error(f"argument --recipe: expected some of {known}, got {name!r}")
     sizes = ("steps", "batch", "length", "layers", "dim", "heads", "hidden", "experts", "top_k", "every")
+    sizes = (*sizes, "micro_batches")
     for flag in (*sizes, "sample", "learning_rate", "seed"):
         least, value = int(flag in sizes), getattr(args, flag)
         if not value >= least:  # NaN is not
             parser.error(f"argument --{flag.replace('_', '-')}: expected at least {least}, got {value}")
     if args.dim % (2 * args.heads):
         parser.error(f"argument --dim: expected a multiple of 2 * heads = {2 * args.heads}, got {args.dim}")
+    if args.batch % (parts := args.micro_batches):
+        parser.error(f"argument --micro-batches: expected a divisor of --batch {args.batch}, got {parts}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: expected a folder, got the file {args.out}")
     if args.top_k > args.experts:
@@ -340,7 +397,8 @@ def main(argv: list[str] | None = None) -> int:
         args.layers, args.heads, MoEConfig(args.dim, args.hidden, args.experts, args.top_k)
     )
     names = ("steps", "batch", "length", "layers", "dim", "heads", "hidden", "experts", "top_k")
-    settings = {name: getattr(args, name) for name in (*names, "learning_rate", "every", "seed")}
+    new = ("micro_batches", "statistics")
+    settings = {name: getattr(args, name) for name in (*names, "learning_rate", "every", "seed", *new)}
     text, held_out = load_corpus()
     if args.length >= min(len(text), len(held_out)):
         raise SystemExit(
@@ -369,6 +427,13 @@ def main(argv: list[str] | None = None) -> int:
             lm_report.interrupted(name, run.step, path, command)
             return 130  # what a shell reports for a program that Ctrl-C ended
         loss, tokens = evaluate(run.params, many, config, PRESETS[name])
+        if len(run.statistics):
+            leaves = pytree.tree_leaves_with_path(measure(run.params, few[0], config, PRESETS[name])[0])
+            keys = [
+                tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path) for path, _ in leaves
+            ]
+            image = args.out / f"statistics_{name}.png"
+            lm_report.plot_statistics(name, run.held_out[:, 0], keys, run.statistics, image)
         results.append(
             lm_report.Result(name, run.train_loss, run.held_out, loss, tokens, run.seconds.item())
         )

@@ -183,6 +183,38 @@ def test_the_runs_differ_only_by_the_recipe_and_learn(corpus):
         assert run.train_loss[-5:].mean() < 0.8 * run.train_loss[0]
 
 
+def test_micro_batches_step_as_their_mean(corpus):
+    """The experts are quantised once for all parts; the gradient is the mean of those of the parts."""
+    params = example.init_model(torch.Generator().manual_seed(0), CONFIG)
+    text = lm_text.draw_batch(corpus[0], 4, 16, torch.Generator().manual_seed(0))
+    loss = functools.partial(example.loss_fn, config=CONFIG, recipe=MXFP8)
+    parts = [torch.func.grad(loss, has_aux=True)(params, part)[0] for part in text.chunk(2)]
+    mean = pytree.tree_map(lambda *xs: torch.stack(xs).mean(0), *parts)
+    state = example.adamw_init(params)
+    got, _, entropy = example.train_step(params, state, text, 0.01, CONFIG, MXFP8, micro_batches=2)
+    want, _ = example.adamw(params, mean, state, 0.01)
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        assert torch.equal(a, b)
+    each = [example.cross_entropy(params, part, CONFIG, MXFP8)[0] for part in text.chunk(2)]
+    assert torch.equal(entropy, torch.stack(each).mean(0))
+
+
+def test_statistics_over_training(tmp_path, capsys):
+    flags = ["--short", *TINY, "--recipe", "bf16,mxfp8", "--steps", "4", "--every", "2", "--statistics"]
+    assert example.main([*flags, "--micro-batches", "2", "--out", str(tmp_path)]) == 0
+    assert "statistics_mxfp8.png" in capsys.readouterr().out.replace("\n", "")
+    images = {path.name for path in tmp_path.glob("*.png")}
+    assert images == {"loss.png", "statistics_mxfp8.png"}, "bf16 quantises nothing"
+    args = example.parse_args(flags)
+    config = example.ModelConfig(args.layers, args.heads, MoEConfig(args.dim, args.hidden, 8, 2))
+    saved = lm_checkpoint.load(tmp_path / "mxfp8.safetensors", example.new_run(args, config), {})
+    evaluations, layers, leaves = saved.statistics.shape
+    assert (evaluations, layers) == (2, args.layers)
+    assert leaves == (5 * 2 + 3 * 2) * 6
+    assert saved.statistics.isfinite().all()
+    assert (saved.statistics[..., 5::6] > 0).all(), "amax"
+
+
 # --- stopping and resuming -----------------------------------------------------------------------
 
 
