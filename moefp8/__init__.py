@@ -1,6 +1,7 @@
 """Pure functions for training Mixture-of-Experts models in FP8 and MXFP8."""
 
 from moefp8._custom_vjp import remat
+from moefp8.auto import Card, Choice, Rates, choose_recipe
 from moefp8.dense import scaled_mm
 from moefp8.experts import expert_ffn, expert_statistics
 from moefp8.grouped import scaled_grouped_mm
@@ -27,6 +28,8 @@ __all__ = [
     "MXFP8",
     "MXFP8_EXACT",
     "MXFP8_WGRAD_HP",
+    "Card",
+    "Choice",
     "Explanation",
     "Gemm",
     "MXArray",
@@ -34,8 +37,10 @@ __all__ = [
     "MoEStats",
     "OperandStats",
     "QuantizedParams",
+    "Rates",
     "Recipe",
     "Routing",
+    "choose_recipe",
     "cotangent_probe",
     "dequantize_mx",
     "expert_ffn",

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from moefp8._ffn import ffn, ffn_statistics
 from moefp8._operands import check_operand
+from moefp8.auto import Auto, resolve
 from moefp8.groups import check_offs
 from moefp8.quantized import QuantizedParams
-from moefp8.recipe import MXFP8, Recipe, check_recipe
+from moefp8.recipe import BF16, MXFP8, Recipe, check_recipe
 from moefp8.routing import check_param
 from moefp8.statistics import Statistics
 
@@ -20,7 +21,7 @@ def expert_ffn(
     x: Tensor,
     offs: Tensor,
     *,
-    recipe: Recipe = MXFP8,
+    recipe: Recipe | Auto = MXFP8,
     implementation: str | Sequence[str] | None = None,
     quantized: QuantizedParams | None = None,
     probe: Statistics | None = None,
@@ -41,7 +42,8 @@ def expert_ffn(
             ``(E, H)``, ``b2`` ``(E, D)``, ``b3`` ``(E, H)``. Other keys are ignored.
         x: ``(M, D)`` rows sorted by expert.
         offs: ``(E,)`` int32 end row of each expert. Rows at and past ``offs[-1]`` give zero.
-        recipe, implementation: as for :func:`scaled_grouped_mm`.
+        recipe, implementation: as for :func:`scaled_grouped_mm`; or ``"auto"`` for the recipe that
+            :func:`choose_recipe` chooses.
         quantized: the weights as :func:`quantize_params` quantised them, to be read instead of quantising
             again; gradients are those of ``params``.
         probe: from :func:`cotangent_probe`; its gradient is the statistics of the cotangents.
@@ -58,6 +60,9 @@ def expert_ffn(
     >>> expert_ffn({"w1": up, "w2": down, "w3": up}, torch.ones(5, 32), offs).shape
     torch.Size([5, 32])
     """
+    if isinstance(recipe, str) and recipe == "auto":
+        _check(params, x, offs, BF16)
+        recipe = resolve(params, x, x.shape[0])
     _check(params, x, offs, recipe)
     return ffn(params, x, offs, recipe, implementation, quantized=quantized, probe=probe)
 

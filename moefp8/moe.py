@@ -20,10 +20,11 @@ from torch import Tensor
 from moefp8._custom_vjp import custom_vjp
 from moefp8._ffn import Routed, ffn, ffn_statistics, sum_copies
 from moefp8._operands import check_operand
+from moefp8.auto import Auto, resolve
 from moefp8.experts import check_ffn, shared_ffn
 from moefp8.kernels.combine import combine, combine_backward
 from moefp8.quantized import QuantizedParams, shared_copies
-from moefp8.recipe import MXFP8, Recipe, check_recipe
+from moefp8.recipe import BF16, MXFP8, Recipe, check_recipe
 from moefp8.routing import (
     MoEConfig,
     MoEStats,
@@ -232,7 +233,7 @@ def moe_ffn(
     x: Tensor,
     *,
     config: MoEConfig,
-    recipe: Recipe = MXFP8,
+    recipe: Recipe | Auto = MXFP8,
     implementation: str | Sequence[str] | None = None,
     quantized: QuantizedParams | None = None,
     statistics: bool = False,
@@ -254,7 +255,8 @@ def moe_ffn(
         params: as :func:`init_moe_ffn` makes them. Leave an optional parameter out, never None.
         x: ``(..., D)`` float32, bfloat16 or float16; float64 if the recipe does not quantise.
         config: a :class:`MoEConfig`.
-        recipe, implementation: as for :func:`scaled_grouped_mm`.
+        recipe, implementation: as for :func:`scaled_grouped_mm`; or ``"auto"`` for the recipe that
+            :func:`choose_recipe` chooses for the routed experts.
         quantized: the experts' weights as :func:`quantize_params` quantised them, to be read instead of
             quantising again; gradients are those of ``params``.
         statistics: measure the forward operands of the routed experts as well, as
@@ -279,6 +281,9 @@ def moe_ffn(
     >>> y.shape, stats.tokens_per_expert.sum()
     (torch.Size([3, 5, 32]), tensor(30))
     """
+    if isinstance(recipe, str) and recipe == "auto":
+        _check_moe(params, x, config, BF16)
+        recipe = resolve(params, x, x.shape[:-1].numel() * config.top_k)
     _check_moe(params, x, config, recipe)
     routing = route(params, x, config)
     tokens = x.reshape(-1, config.dim)

@@ -1,0 +1,200 @@
+"""``recipe="auto"``: FP8 for a feed-forward where it is faster than bfloat16, by a model fitted on a card.
+
+FP8 halves the time of the products and pays for quantising their operands, so it loses where products
+are small: narrow experts, or few rows to each. The time of a forward and backward of the feed-forward of
+M rows, D x H matrices and E experts is modelled, for either recipe, as a sum of what it has to do::
+
+    seconds = fixed                                    launches
+            + per_expert * E                           tiles cut off at group ends, tables
+            + per_flop * 18 P D H                      nine products; P: M, each share rounded up to 128
+            + per_activation * M (D + H)               quantising, SwiGLU, gathers
+            + per_weight * 3 E D H                     quantising weights, writing their gradients
+
+with coefficients fitted to measured times (``python -m moefp8.bench.fit_auto``), all of them at least 0.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moefp8.recipe import BF16, MXFP8, Recipe
+
+#: What a layer takes for a recipe of its own choice.
+Auto = Literal["auto"]
+#: Rows of a tile of the grouped products on a group's last rows.
+_TILE = 128
+#: How much slower than bfloat16 a choice may turn out.
+ALLOWED = 1.03
+
+
+class Shape(NamedTuple):
+    """A feed-forward: M rows (copies of a token count), width D, hidden width H, E experts."""
+
+    rows: int
+    dim: int
+    hidden: int
+    experts: int
+
+    def work(self) -> tuple[float, float, float, float, float]:
+        """How much there is of each thing that :class:`Rates` has a rate for."""
+        m, d, h, e = self
+        padded = e * -(-m // (e * _TILE)) * _TILE
+        return 1.0, float(e), 18.0 * padded * d * h, float(m * (d + h)), 3.0 * e * d * h
+
+
+class Rates(NamedTuple):
+    """Seconds for each unit of work."""
+
+    fixed: float
+    per_expert: float
+    per_flop: float
+    per_activation: float
+    per_weight: float
+
+    def seconds(self, shape: Shape) -> float:
+        return sum(rate * work for rate, work in zip(self, shape.work(), strict=True))
+
+
+class Card(NamedTuple):
+    """What was measured on one kind of GPU.
+
+    Attributes:
+        bf16, mxfp8: rates under ``BF16`` and under ``MXFP8``.
+        error: largest factor by which the time of MXFP8 over that of bfloat16 was underestimated where
+            MXFP8 was predicted to win, less one; each measured shape predicted from the others.
+        source: date, versions and the command.
+    """
+
+    bf16: Rates
+    mxfp8: Rates
+    error: float
+    source: str
+
+
+#: By the name that torch gives the device. **Not measured yet**: the table is empty, and "auto" refuses
+#: every GPU until ``python -m moefp8.bench.fit_auto`` has been run on one and its output put here.
+CARDS: dict[str, Card] = {}
+
+
+class Choice(NamedTuple):
+    """What :func:`choose_recipe` chose, and why.
+
+    Attributes:
+        recipe: ``BF16`` or ``MXFP8``.
+        reason: a sentence.
+        bf16_seconds, mxfp8_seconds: predicted times of one forward and backward; None without a GPU.
+    """
+
+    recipe: Recipe
+    reason: str
+    bf16_seconds: float | None = None
+    mxfp8_seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{'BF16' if self.recipe == BF16 else 'MXFP8'}: {self.reason}"
+
+
+@torch.compiler.assume_constant_result
+def _card_name(device: str) -> str:
+    """Asked while tracing, and a constant of the graph."""
+    return torch.cuda.get_device_name(device)
+
+
+def choose_recipe(
+    rows: int,
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    *,
+    bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    card: Card | None = None,
+) -> Choice:
+    """The recipe that ``recipe="auto"`` stands for in a layer of these sizes, and the reason.
+
+    MXFP8 where the model of the card predicts that it is not slower than bfloat16, and that it is at most
+    3 % slower even if the model is off by as much as it was off on any shape it was fitted to; bfloat16
+    elsewhere. On a CPU the answer is bfloat16: FP8 is emulated there.
+
+    Args:
+        rows: M, rows that the experts get: tokens times ``top_k``. They are taken to spread evenly.
+        dim: D.
+        hidden: H.
+        num_experts: E.
+        bias: the experts have biases.
+        dtype: of tokens and weights. The kernels' unquantised products take bfloat16 and no bias; for what
+            they do not take MXFP8 it is.
+        device: where the layer runs.
+        card: measurements of your own; those that come with the library if left out.
+
+    Returns:
+        A :class:`Choice`; ``print`` says what and why.
+
+    Raises:
+        ValueError: a size that is not positive (``rows`` may be 0).
+        NotImplementedError: a GPU of which there are no measurements.
+
+    >>> print(choose_recipe(4096, 2048, 768, 128, device="cpu"))
+    BF16: FP8 is emulated on a CPU, and slower
+    >>> card = Card(Rates(0, 0, 1.5e-15, 0, 0), Rates(1e-4, 0, 0.8e-15, 1e-12, 1e-12), 0.0, "made up")
+    >>> print(choose_recipe(131072, 5120, 8192, 8, card=card))
+    MXFP8: predicted to take 0.55 of the time of bfloat16, 82.0 ms instead of 148.4 ms
+    >>> print(choose_recipe(256, 2048, 768, 128, card=card))
+    BF16: MXFP8 is predicted to take 1.55 times as long, 1.1 ms instead of 0.7 ms
+    """
+    for name, size, least in (
+        ("rows", rows, 0),
+        ("dim", dim, 1),
+        ("hidden", hidden, 1),
+        ("num_experts", num_experts, 1),
+    ):
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
+    device = torch.device(device)
+    if card is None:
+        if device.type != "cuda":
+            return Choice(BF16, f"FP8 is emulated on a {device.type.upper()}, and slower")
+        card = _measured(_card_name(str(device)))
+    if bias or dtype != torch.bfloat16:
+        what = "biases" if bias else f"{str(dtype).removeprefix('torch.')} operands"
+        return Choice(MXFP8, f"no kernel multiplies {what} unquantised")
+    shape = Shape(rows, dim, hidden, num_experts)
+    low, high = card.mxfp8.seconds(shape), card.bf16.seconds(shape)
+    ratio, milliseconds = low / high, f"{1e3 * low:.1f} ms instead of {1e3 * high:.1f} ms"
+    if ratio > 1.0:
+        reason = f"MXFP8 is predicted to take {ratio:.2f} times as long, {milliseconds}"
+        return Choice(BF16, reason, high, low)
+    if ratio * (1 + card.error) > ALLOWED:
+        reason = (
+            f"MXFP8 is predicted to take {ratio:.2f} of the time, {milliseconds}, but predictions are off "
+            f"by up to {100 * card.error:.0f} %, which could make it slower"
+        )
+        return Choice(BF16, reason, high, low)
+    reason = f"predicted to take {ratio:.2f} of the time of bfloat16, {milliseconds}"
+    return Choice(MXFP8, reason, high, low)
+
+
+def _measured(name: str) -> Card:
+    if name not in CARDS:
+        known = ", ".join(map(repr, CARDS)) or "none yet"
+        raise NotImplementedError(
+            f"recipe 'auto': there are no measurements of {name!r} (of: {known}). Name a recipe, or "
+            f"measure with python -m moefp8.bench.fit_auto and pass choose_recipe(..., card=...).recipe"
+        )
+    return CARDS[name]
+
+
+def resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
+    """What "auto" stands for in a layer of checked parameters, on tokens ``x`` that make ``rows`` rows."""
+    num_experts, hidden, dim = params["w1"].shape
+    dtype = functools.reduce(
+        torch.promote_types, (params[key].dtype for key in ("w1", "w2", "w3")), x.dtype
+    )
+    if dtype == torch.float64:  # which no recipe quantises
+        return BF16
+    bias = any(key in params for key in ("b1", "b2", "b3"))
+    return choose_recipe(rows, dim, hidden, num_experts, bias=bias, dtype=dtype, device=x.device).recipe
