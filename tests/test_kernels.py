@@ -7,7 +7,15 @@ import pytest
 import torch
 from specs import LAYOUTS, OPS, Backend, Case
 
-from moefp8.kernels import fake_quantize, gemm, group_sum, high_precision, quantize_columns, quantize_rows
+from moefp8.kernels import (
+    fake_quantize,
+    gemm,
+    group_sum,
+    high_precision,
+    quantize_both,
+    quantize_columns,
+    quantize_rows,
+)
 from moefp8.kernels import plan as plans
 from moefp8.recipe import PRESETS, Gemm
 
@@ -102,6 +110,45 @@ def test_quantisers(layout, gemm_format, poison, device):
     same_bits(data[:, :end], want_data[:, :end])
     filled = torch.diff(offs, prepend=offs.new_zeros(1)) > 0
     same_bits(scale[filled], want_scale[filled])
+
+
+@pytest.mark.parametrize(
+    ("layout", "formats", "poison"),
+    [*((x, ("mx", "mx"), 3) for x in ODD_LAYOUTS), (ODD_LAYOUTS[0], ("row", "e5m2"), 0)],
+    ids=str,
+)
+def test_both_ways(layout, formats, poison, device):
+    check_both_ways(layout, formats, poison, device)
+
+
+@pytest.mark.gpu  # the interpreter takes minutes over 256 groups
+def test_both_ways_of_many_groups():
+    check_both_ways(LAYOUTS[-1], ("mx", "mx"), 3, "cuda")
+
+
+def check_both_ways(layout, formats, poison, device):
+    """One kernel gives what the two quantisers give; and each of them what it gives of gathered rows."""
+    along, across = (FORMATS[x] for x in formats)
+    offs, x = layout.offs(device), draw((layout.rows, 80), device, poison=poison)
+    where, used = plans.plan(offs, layout.rows, 192), int(offs[-1])
+    end = int(where.ends[-1])
+    filled = torch.diff(offs, prepend=offs.new_zeros(1)) > 0
+    want = quantize_rows.reference(x, offs, along)
+    want_columns = quantize_columns.reference(x, offs, want, across)
+
+    order = torch.randperm(layout.rows, generator=torch.Generator().manual_seed(0)).to(device)
+    scattered = torch.empty_like(x).index_copy_(0, order, x)  # whose rows ``order`` are x
+    for source, tokens in ((None, x), (order, scattered)):
+        by_row = quantize_rows.quantize_rows(tokens, where, along, column_amax=True, source=source)
+        columns = quantize_columns.quantize_columns(tokens, where, by_row, across, source=source)
+        both = quantize_both.quantize_both(tokens, where, along, across, source=source)
+        for got, (data, scale) in ((by_row, columns), both):
+            same_bits(got.data[:used], want.data[:used])
+            same_bits(got.scale[:used], want.scale[:used])
+            same_bits(got.column_amax, want.column_amax)
+            same_bits(got.poisoned, want.poisoned)
+            same_bits(data[:, :end], want_columns[0][:, :end])
+            same_bits(scale[filled], want_columns[1][filled])
 
 
 LONG_ROWS = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (16, 1040, 5120, 8192, 16400)]

@@ -202,7 +202,8 @@ def _consume(
 def _gemm_kernel(
     a_desc, b_desc, c_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
     row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, TMA_STORE: gl.constexpr, WIDTH: gl.constexpr,
+    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, ROWS, STEP], a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, WIDTH, STEP], b_desc.layout)

@@ -29,18 +29,54 @@ from moefp8.kernels._fp8 import (
     scale_of,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
-from moefp8.kernels.quantize_rows import RowQuantized
+from moefp8.kernels.quantize_rows import RowQuantized, source_rows
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
 
-#: Columns to a tile: 128 bytes of a bf16 row, 4 sectors.
-TILE_COLUMNS = 64
+#: Columns to a tile. Of 32, 64 and 128, this one is the fastest by 2 to 5 % from 768 columns to 5120.
+TILE_COLUMNS = 128
+
+
+@triton.jit
+def quantize_tile(
+    x, source, data, scale, column_amax, poisoned, segments, block, tile, group, columns, stride,
+    padded_rows, SOURCED: tl.constexpr, OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Quantise columns ``tile`` of segment block ``block``, and write them as rows."""
+    start = tl.load(segments + 3 * block + 1)
+    end = tl.load(segments + 3 * block + 2)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    row = start + tl.arange(0, ROWS)
+    v = tl.load(
+        x + source_rows(source, row, end, SOURCED)[:, None] * stride + column[None, :],
+        mask=(row < end)[:, None] & inside[None, :], other=0,
+    ).to(tl.float32)  # fmt: skip
+    amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+    code = encode(v * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+    if tl.load(poisoned + group) != 0:
+        blocks = tl.max(tl.reshape(magnitude_bits(v), (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
+        poison = tl.broadcast_to((blocks >= INF_BITS)[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS))
+        code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
+    position = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(
+        data + column.to(tl.int64)[:, None] * padded_rows + position[None, :],
+        tl.trans(code), mask=inside[:, None],
+    )  # fmt: skip
+    # Every segment of a group has the same scales: the first one writes them.
+    before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
+    if (block == 0) | (before != group):
+        tl.store(scale + group * columns + column, factor, mask=inside)
 
 
 @triton.jit
 def _quantize_columns_kernel(
-    x, data, scale, column_amax, poisoned, segments, num_groups, columns, stride, padded_rows,
-    OUT: tl.constexpr,
+    x, source, data, scale, column_amax, poisoned, segments, num_groups, columns, stride, padded_rows,
+    SOURCED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -49,37 +85,16 @@ def _quantize_columns_kernel(
     block = tl.program_id(0) // per_segment
     group = tl.load(segments + 3 * block)
     if group < num_groups:
-        start = tl.load(segments + 3 * block + 1)
-        end = tl.load(segments + 3 * block + 2)
-        column = tl.program_id(0) % per_segment * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < columns
-        row = start + tl.arange(0, ROWS)
-        v = tl.load(
-            x + row.to(tl.int64)[:, None] * stride + column[None, :],
-            mask=(row < end)[:, None] & inside[None, :], other=0,
-        ).to(tl.float32)  # fmt: skip
-        amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
-        factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-        code = encode(v * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-        if tl.load(poisoned + group) != 0:
-            blocks = tl.max(tl.reshape(magnitude_bits(v), (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
-            poison = tl.broadcast_to(
-                (blocks >= INF_BITS)[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)
-            )
-            code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
-        position = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tl.store(
-            data + column.to(tl.int64)[:, None] * padded_rows + position[None, :],
-            tl.trans(code), mask=inside[:, None],
+        quantize_tile(
+            x, source, data, scale, column_amax, poisoned, segments, block,
+            tl.program_id(0) % per_segment, group, columns, stride, padded_rows, SOURCED, OUT,
+            ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
         )  # fmt: skip
-        # Every segment of a group has the same scales: the first one writes them.
-        before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
-        if (block == 0) | (before != group):
-            tl.store(scale + group * columns + column, factor, mask=inside)
 
 
 def _fake(
     x: Tensor,
+    source: Tensor | None,
     segments: Tensor,
     column_amax: Tensor,
     poisoned: Tensor,
@@ -94,6 +109,7 @@ def _fake(
 @leaf("quantize_columns", fake=_fake, vmap=by_loop)
 def _quantize_columns(
     x: Tensor,
+    source: Tensor | None,
     segments: Tensor,
     column_amax: Tensor,
     poisoned: Tensor,
@@ -102,21 +118,26 @@ def _quantize_columns(
     rule: str,
 ) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    data, scale = _fake(x, segments, column_amax, poisoned, format, dtype, rule)
+    data, scale = _fake(x, source, segments, column_amax, poisoned, format, dtype, rule)
     num_groups, columns = column_amax.shape
     launch = (segments.shape[0] * triton.cdiv(columns, TILE_COLUMNS),)
     if data.numel():
         _quantize_columns_kernel[launch](
-            x, data.view(torch.uint8), scale, column_amax, poisoned, segments,
-            num_groups, columns, x.stride(0), data.shape[1],
-            OUT=TRITON_DTYPES[dtype], **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
+            x, segments if source is None else source, data.view(torch.uint8), scale, column_amax,
+            poisoned, segments, num_groups, columns, x.stride(0), data.shape[1],
+            SOURCED=source is not None, OUT=TRITON_DTYPES[dtype],
+            **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
             ROWS=SEGMENT, COLUMNS=TILE_COLUMNS, num_warps=8,
         )  # fmt: skip
     return data, scale
 
 
-def quantize_columns(x: Tensor, plan: Plan, rows: RowQuantized, gemm: Gemm) -> tuple[Tensor, Tensor]:
+def quantize_columns(
+    x: Tensor, plan: Plan, rows: RowQuantized, gemm: Gemm, *, source: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantise ``x`` (M, K) along the rows of each group; ``rows`` is :func:`quantize_rows` of it.
+
+    Given ``source`` (M,), row i is ``x[source[i]]``.
 
     Returns:
         data: ``(K, P)`` float8, P = 128 times the segment blocks; group g has its columns
@@ -124,7 +145,7 @@ def quantize_columns(x: Tensor, plan: Plan, rows: RowQuantized, gemm: Gemm) -> t
         scale: ``(G, K)`` float32; rows of empty groups are not written.
     """
     return _quantize_columns(
-        x, plan.segments, rows.column_amax, rows.poisoned, gemm.format, gemm.dtype, gemm.rule
+        x, source, plan.segments, rows.column_amax, rows.poisoned, gemm.format, gemm.dtype, gemm.rule
     )
 
 

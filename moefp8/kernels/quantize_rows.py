@@ -44,50 +44,83 @@ MAX_COLUMNS = 32768
 
 
 @triton.jit
-def _quantize_rows_kernel(
-    x, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+def wanted(group, num_groups, only, ONLY: tl.constexpr):
+    """Whether a segment block has a group, and one marked in ``only`` if that counts."""
+    if ONLY:
+        return (group < num_groups) & (tl.load(only + tl.minimum(group, num_groups - 1)) != 0)
+    return group < num_groups
+
+
+@triton.jit
+def source_rows(source, row, end, SOURCED: tl.constexpr):
+    """Where rows lie in the input: themselves, or where ``source`` says, as int64."""
+    if SOURCED:
+        return tl.load(source + row, mask=row < end, other=0).to(tl.int64)
+    return row.to(tl.int64)
+
+
+@triton.jit
+def quantize_band(
+    x, source, data, scale, start, end, columns, stride, SOURCED: tl.constexpr,
     OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
+    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Quantise BAND rows, ROWS at a time; bits of the largest magnitude of each column and of them all."""
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    # Codes leave in the layout that values came in, 8 to a thread. Left alone, the compiler stores
+    # 16 to a thread and shuffles every row through shared memory to do so.
+    code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    top = tl.full((), 0, tl.int32)
+    for first in range(0, BAND, ROWS):
+        row = start + first + tl.arange(0, ROWS)
+        here = (row < end)[:, None] & inside[None, :]
+        at = source_rows(source, row, end, SOURCED)[:, None] * stride
+        v = tl.load(x + at + column[None, :], mask=here, other=0).to(tl.float32)
+        bits = magnitude_bits(v)
+        amax = tl.max(bits, 1)
+        top = tl.maximum(top, tl.max(amax, 0))
+        factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+        code = encode(v * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+        tl.store(data + row.to(tl.int64)[:, None] * columns + code_column[None, :], code, mask=here)
+        tl.store(scale + row, factor, mask=row < end)
+        if COLUMN_AMAX:
+            largest = tl.maximum(largest, tl.max(bits, 0))
+    return largest, top
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x, source, data, scale, band_amax, band_poisoned, segments, only, num_groups, columns, stride,
+    SOURCED: tl.constexpr, ONLY: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: a band of rows of one group, ROWS at a time.
+    # One program: a band of rows of one group. With ONLY, of a group marked in ``only``.
     band = tl.program_id(0)
     segment = band // (SEGMENT // BAND)
     group = tl.load(segments + 3 * segment)
-    if group < num_groups:
+    if wanted(group, num_groups, only, ONLY):
         start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
         end = tl.load(segments + 3 * segment + 2)
-        column = tl.arange(0, COLUMNS)
-        inside = column < columns
-        # Codes leave in the layout that values came in, 8 to a thread. Left alone, the compiler stores
-        # 16 to a thread and shuffles every row through shared memory to do so.
-        code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
-        largest = tl.zeros((COLUMNS,), tl.int32)
-        top = tl.full((), 0, tl.int32)
-        for first in range(0, BAND, ROWS):
-            row = start + first + tl.arange(0, ROWS)
-            here = (row < end)[:, None] & inside[None, :]
-            at = row.to(tl.int64)[:, None]
-            v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
-            bits = magnitude_bits(v)
-            amax = tl.max(bits, 1)
-            top = tl.maximum(top, tl.max(amax, 0))
-            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            code = encode(v * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-            tl.store(data + at * columns + code_column[None, :], code, mask=here)
-            tl.store(scale + row, factor, mask=row < end)
-            if COLUMN_AMAX:
-                largest = tl.maximum(largest, tl.max(bits, 0))
+        largest, top = quantize_band(
+            x, source, data, scale, start, end, columns, stride, SOURCED, OUT, COLUMN_AMAX,
+            ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, BAND, ROWS, COLUMNS,
+        )  # fmt: skip
         tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
         if COLUMN_AMAX:
-            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=inside)
+            column = tl.arange(0, COLUMNS)
+            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=column < columns)
 
 
 @triton.jit
 def _repair_poisoned_kernel(
-    x, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
-    OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    x, source, data, scale, band_amax, band_poisoned, segments, only, num_groups, columns, stride,
+    SOURCED: tl.constexpr, ONLY: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
@@ -97,8 +130,8 @@ def _repair_poisoned_kernel(
     # registers that every row pays for.
     band = tl.program_id(0)
     segment = band // (SEGMENT // BAND)
-    exists = tl.load(segments + 3 * segment) < num_groups
-    if exists & (tl.load(band_poisoned + band) != 0):
+    group = tl.load(segments + 3 * segment)
+    if wanted(group, num_groups, only, ONLY) & (tl.load(band_poisoned + band) != 0):
         start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
         end = tl.load(segments + 3 * segment + 2)
         column = tl.arange(0, COLUMNS)
@@ -110,7 +143,8 @@ def _repair_poisoned_kernel(
             for i in range(MX_BLOCK):
                 row = start.to(tl.int64) + first + i
                 here = column < tl.where(row < end, columns, 0)
-                v = tl.load(x + row * stride + column, mask=here, other=0).to(tl.float32)
+                at = source_rows(source, row, end, SOURCED) * stride
+                v = tl.load(x + at + column, mask=here, other=0).to(tl.float32)
                 bits = magnitude_bits(v)
                 inner = tl.maximum(inner, bits)
                 block = tl.max(tl.reshape(bits, (blocks, MX_BLOCK)), 1)
@@ -134,10 +168,14 @@ def _repair_poisoned_kernel(
 @triton.jit
 def _reduce_bands_kernel(
     column_amax, poisoned, band_amax, band_poisoned, ends, columns,
-    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
+    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr, ONLY: tl.constexpr = False,
 ):  # fmt: skip
-    # One program: some columns of one group, over every so many-th 32 bands of its segment.
+    # One program: some columns of one group, over every so many-th 32 bands of its segment. With ONLY,
+    # of a poisoned group, over all of them, and in place of what is there.
     group = tl.program_id(0)
+    if ONLY:
+        if tl.load(poisoned + group) == 0:
+            return
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0))) // BAND
@@ -151,8 +189,11 @@ def _reduce_bands_kernel(
         part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
         largest = tl.maximum(largest, tl.max(part, 0))
         sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
-    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
-    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
+    if ONLY:
+        tl.store(column_amax + group * columns + column, largest, mask=inside)
+    else:
+        tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
+        tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 class RowQuantized(NamedTuple):
@@ -175,6 +216,7 @@ class RowQuantized(NamedTuple):
 
 def _fake(
     x: Tensor,
+    source: Tensor | None,
     segments: Tensor,
     ends: Tensor,
     format: str,
@@ -182,26 +224,73 @@ def _fake(
     rule: str,
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = x.shape[0] if source is None else source.shape[0], x.shape[1]
     return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(ends.shape[0], x.shape[1] if column_amax else 0, dtype=torch.int32),
+        x.new_empty(rows, columns, dtype=dtype),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(ends.shape[0], columns if column_amax else 0, dtype=torch.int32),
         x.new_empty(ends.shape[0] if column_amax else 0, dtype=torch.int32),
     )
 
 
-def _tiling(columns: int) -> tuple[int, int, int]:
-    """(rows at a time, rows to a band, warps) for rows of ``columns``, a power of two."""
-    if columns <= 1024:
-        return 4, 64, 4
-    if columns <= 2048:
-        return 1, 64, 4
-    return 1, 64, min(columns // 1024, 16)
+class Tiling(NamedTuple):
+    """How a program holds rows of some length in registers."""
+
+    #: Rows at a time, rows to a band, lanes to a row, warps.
+    rows: int
+    band: int
+    lanes: int
+    warps: int
+
+
+def tiling(columns: int, bands_of_64: int = 0) -> Tiling:
+    """For rows of ``columns``. Large inputs take bands of 128, which halve what maxima cost to write."""
+    lanes = max(triton.next_power_of_2(columns), BLOCK)
+    band = 128 if bands_of_64 >= 1024 else 64
+    if lanes <= 1024:
+        return Tiling(2, band, lanes, 4)
+    return Tiling(1, band, lanes, 4 if lanes <= 2048 else min(lanes // 1024, 16))
+
+
+def launch_rows(
+    x: Tensor, source: Tensor | None, data: Tensor, scale: Tensor, segments: Tensor, ends: Tensor,
+    gemm: Gemm, column_amax: Tensor | None, poisoned: Tensor | None, redo: bool = False,
+) -> None:  # fmt: skip
+    """Fill ``data`` and ``scale``, and the maxima of columns and the poison of groups if given.
+
+    With ``redo``, for the groups that are marked poisoned already and for no other.
+    """
+    columns, num_groups = x.shape[1], ends.shape[0]
+    with_amax = column_amax is not None
+    how = tiling(columns, 2 * segments.shape[0] if with_amax else 0)
+    bands = segments.shape[0] * (SEGMENT // how.band)
+    band_amax = x.new_empty(bands if with_amax else 0, columns, dtype=torch.int32)
+    band_poisoned = x.new_empty(bands, dtype=torch.int32)
+    arguments = (
+        x, segments if source is None else source, data.view(torch.uint8), scale, band_amax,
+        band_poisoned, segments, poisoned if redo else segments, num_groups, columns, x.stride(0),
+    )  # fmt: skip
+    common = dict(
+        SOURCED=source is not None, ONLY=redo, OUT=TRITON_DTYPES[gemm.dtype], COLUMN_AMAX=with_amax,
+        **encoding(gemm, x.device)._asdict(),
+        SEGMENT=SEGMENT, BAND=how.band, COLUMNS=how.lanes, num_warps=how.warps,
+    )  # fmt: skip
+    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, **common)
+    _repair_poisoned_kernel[(bands,)](*arguments, **common)
+    if with_amax:
+        across = triton.cdiv(columns, 64)
+        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
+        split = 1 if redo else max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
+        _reduce_bands_kernel[(num_groups, across, split)](
+            column_amax, poisoned, band_amax, band_poisoned, ends, columns,
+            BAND=how.band, BANDS=32, COLUMNS=64, ONLY=redo,
+        )  # fmt: skip
 
 
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
 def _quantize_rows(
     x: Tensor,
+    source: Tensor | None,
     segments: Tensor,
     ends: Tensor,
     format: str,
@@ -210,42 +299,27 @@ def _quantize_rows(
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    data, scale, amax, poisoned = _fake(x, segments, ends, format, dtype, rule, column_amax)
-    columns = x.shape[1]
-    if x.numel() == 0:
-        return data, scale, amax.zero_(), poisoned.zero_()
-    num_groups, padded = ends.shape[0], max(triton.next_power_of_2(columns), BLOCK)
-    rows, band, warps = _tiling(padded)
-    bands = segments.shape[0] * (SEGMENT // band)
-    band_amax = x.new_empty(bands if column_amax else 0, columns, dtype=torch.int32)
-    band_poisoned = x.new_empty(bands, dtype=torch.int32)
-    common = dict(
-        OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
-        **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=band, COLUMNS=padded, num_warps=warps,
-    )  # fmt: skip
-    arguments = (
-        x, data.view(torch.uint8), scale, band_amax, band_poisoned, segments,
-        num_groups, columns, x.stride(0),
-    )  # fmt: skip
-    _quantize_rows_kernel[(bands,)](*arguments, ROWS=rows, **common)
-    _repair_poisoned_kernel[(bands,)](*arguments, **common)
-    if column_amax:
-        amax.zero_()
-        poisoned.zero_()
-        across = triton.cdiv(columns, 64)
-        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
-        split = max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
-        _reduce_bands_kernel[(num_groups, across, split)](
-            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=band, BANDS=32, COLUMNS=64
-        )
+    data, scale, amax, poisoned = _fake(x, source, segments, ends, format, dtype, rule, column_amax)
+    amax.zero_()
+    poisoned.zero_()
+    if data.numel():
+        gemm = Gemm(format, dtype, rule)
+        maxima = (amax, poisoned) if column_amax else (None, None)
+        launch_rows(x, source, data, scale, segments, ends, gemm, *maxima)
     return data, scale, amax, poisoned
 
 
-def quantize_rows(x: Tensor, plan: Plan, gemm: Gemm, *, column_amax: bool) -> RowQuantized:
-    """Quantise ``x`` (M, K), grouped by ``plan``, with one scale a row."""
+def quantize_rows(
+    x: Tensor, plan: Plan, gemm: Gemm, *, column_amax: bool, source: Tensor | None = None
+) -> RowQuantized:
+    """Quantise ``x`` (M, K), grouped by ``plan``, with one scale a row.
+
+    Given ``source`` (M,), row i is ``x[source[i]]``, as if ``x.index_select(0, source)`` came in.
+    """
     return RowQuantized(
-        *_quantize_rows(x, plan.segments, plan.ends, gemm.format, gemm.dtype, gemm.rule, column_amax)
+        *_quantize_rows(
+            x, source, plan.segments, plan.ends, gemm.format, gemm.dtype, gemm.rule, column_amax
+        )
     )
 
 

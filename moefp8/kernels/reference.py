@@ -195,7 +195,8 @@ def _prepared(b: Tensor, copy: Sequence[Tensor], axis: int, gemm: Gemm) -> Tenso
     """``b`` as its quantised ``copy``, if there is one and the product quantises."""
     if not copy or gemm.format == "none":
         return b
-    return MXArray(*copy, axis, _rule(gemm)[1])
+    data, scale = copy
+    return MXArray(data, scale, axis, _rule(gemm)[1])
 
 
 # --- forward and backward of the rows form -------------------------------------------------------

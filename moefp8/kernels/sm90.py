@@ -24,6 +24,7 @@ from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
 from moefp8.kernels.plan import Plan, plan
+from moefp8.kernels.quantize_both import quantize_both
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
 from moefp8.kernels.reference import high_precision
@@ -153,12 +154,12 @@ def rows_backward(
     _, dgrad, wgrad = recipe
     layout, amax, poisoned, along_n = Plan(*kept[:3]), kept[3], kept[4], Weights(*kept[5:])
     da = db = None
-    by_row = None
-    if (needed[0] and in_fp8(dgrad)) or (needed[1] and in_fp8(wgrad)):
-        with_amax = needed[1] and in_fp8(wgrad)
-        by_row = quantize_rows(g, layout, dgrad if in_fp8(dgrad) else wgrad, column_amax=with_amax)
+    along = dgrad if needed[0] and in_fp8(dgrad) else None
+    across = wgrad if needed[1] and in_fp8(wgrad) else None
+    if along or across:
+        by_row, columns = quantize_both(g, layout, along, across)
     if needed[0]:
-        if by_row is not None and in_fp8(dgrad):
+        if along:
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
             da = high_precision_rows(
@@ -169,10 +170,9 @@ def rows_backward(
         x = high_precision(a)
         if isinstance(a, MXArray) and in_fp8(wgrad):  # quantised along K only: once more, along M
             by_row_a = quantize_rows(x, layout, wgrad, column_amax=True)
-        if by_row is not None and in_fp8(wgrad):
+        if across:
             left = quantize_columns(x, layout, by_row_a, wgrad)
-            right = quantize_columns(g, layout, by_row, wgrad)
-            db = contract(left, right, layout.ends, dtypes[1], wgrad, b)
+            db = contract(left, columns, layout.ends, dtypes[1], wgrad, b)
         else:
             exact = exact_operand(x, layout, -2, wgrad)
             db = high_precision_contraction(exact.mT, exact_operand(g, layout, -2, wgrad), offs)

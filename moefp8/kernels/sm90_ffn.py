@@ -25,6 +25,7 @@ from moefp8.kernels.ffn import Composed, Three
 from moefp8.kernels.gemm import Weights, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.plan import Plan, plan
+from moefp8.kernels.quantize_both import in_cache, quantize_both
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
 from moefp8.kernels.sm90_operands import (
@@ -41,16 +42,19 @@ from moefp8.recipe import Recipe
 
 def _for_forward(
     w: Tensor, recipe: Recipe, prepared: Sequence[Tensor]
-) -> tuple[Weights, tuple[Tensor, Tensor]]:
+) -> tuple[Weights, tuple[Tensor, ...]]:
     """``w`` (G, N, K) quantised along K, and what :func:`_for_backward` makes the copy along N of."""
     if prepared:
         return Weights(*prepared[:2]), (prepared[2], prepared[3])
     stored, layout = as_stored(w.mT)
     rows = stored.flatten(0, 1)
     if is_transposed(w.mT):
-        by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
-        along_k = Weights(by_row.data, by_row.scale.view(stored.shape[:2]))
-        return along_k, (by_row.column_amax, by_row.poisoned)
+        if in_cache(rows, stored.shape[0]):  # the second copy is cheap now
+            by_row, columns = quantize_both(rows, layout, recipe.fwd, recipe.dgrad)
+        else:
+            by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
+            columns = by_row.column_amax, by_row.poisoned
+        return Weights(by_row.data, by_row.scale.view(stored.shape[:2])), columns
     # Rows in memory run along N: that copy comes first, and is there already.
     by_row = quantize_rows(rows, layout, recipe.dgrad, column_amax=True)
     along_k = Weights(*quantize_columns(rows, layout, by_row, recipe.fwd))
@@ -89,8 +93,8 @@ def fuse(composed: Composed) -> Composed:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not _served(recipe):
             return composed.forward(x, source, weights, biases, offs, recipe, prepared)
-        rows = ffn.gather(x, source)
-        layout = plan(offs, rows.shape[0], tile_rows(x.device))
+        count = x.shape[0] if source is None else source.shape[0]
+        layout = plan(offs, count, tile_rows(x.device))
         copies = prepared or ((), (), ())
         (w1, kept1), (w2, kept2), (w3, kept3) = (
             _for_forward(w, recipe, copy) for w, copy in zip(weights, copies, strict=True)
@@ -99,7 +103,7 @@ def fuse(composed: Composed) -> Composed:
         def product(a: RowQuantized, w: Weights, bias: Tensor | None) -> Tensor:
             return gemm_rows(a.data, a.scale, w, layout.tiles, bias, x.dtype, recipe.fwd.promote)
 
-        by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
+        by_row = quantize_rows(x, layout, recipe.fwd, column_amax=True, source=source)
         gate, up = product(by_row, w1, biases[0]), product(by_row, w3, biases[2])
         hidden = swiglu_rows(gate, up, layout, recipe.fwd, column_amax=True)
         out = product(hidden, w2, biases[1])
@@ -128,7 +132,7 @@ def fuse(composed: Composed) -> Composed:
             w = _for_backward(weights[i], kept[9 + 2 * i : 11 + 2 * i], recipe)
             return gemm_rows(rows.data, rows.scale, w, layout.tiles, None, x.dtype, dgrad.promote)
 
-        def weight_gradient(i: int, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+        def weight_gradient(i: int, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
             w = weights[i]
             return contract(left, right, layout.ends, w.dtype, wgrad, w.mT).mT
 
@@ -141,7 +145,7 @@ def fuse(composed: Composed) -> Composed:
         through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
         if not (through or w2_needed):
             return dx, dw1, dw2, dw3, db1, db2, db3
-        by_row = quantize_rows(g, layout, dgrad, column_amax=w2_needed)
+        by_row, g_columns = quantize_both(g, layout, dgrad, wgrad if w2_needed else None)
         if through:
             d_hidden = product(by_row, 1)
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
@@ -161,9 +165,9 @@ def fuse(composed: Composed) -> Composed:
         else:
             hidden_columns = quantize_columns(ffn.swiglu(gate, up), layout, hidden_maxima, wgrad)
         if w2_needed:
-            dw2 = weight_gradient(1, hidden_columns, quantize_columns(g, layout, by_row, wgrad))
+            dw2 = weight_gradient(1, hidden_columns, g_columns)
         if w1_needed or w3_needed:
-            x_columns = quantize_columns(ffn.gather(x, source), layout, x_maxima, wgrad)
+            x_columns = quantize_columns(x, layout, x_maxima, wgrad, source=source)
             dw1 = weight_gradient(0, x_columns, gate_columns) if w1_needed else None
             dw3 = weight_gradient(2, x_columns, up_columns) if w3_needed else None
         return dx, dw1, dw2, dw3, db1, db2, db3

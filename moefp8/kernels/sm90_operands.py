@@ -1,13 +1,14 @@
 """Operands of the products on Hopper: weights both ways, and what the bfloat16 product reads."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from moefp8.kernels.fake_quantize import fake_quantize
 from moefp8.kernels.gemm import Weights, gemm_contraction
 from moefp8.kernels.plan import SEGMENT, Plan, plan
-from moefp8.kernels.quantize_columns import quantize_columns
-from moefp8.kernels.quantize_rows import quantize_rows
+from moefp8.kernels.quantize_both import quantize_both
 from moefp8.recipe import Gemm
 
 
@@ -38,17 +39,16 @@ def weights_both_ways(
 ) -> tuple[Weights | None, Weights | None]:
     """``b`` (G, K, N) quantised along K, for the forward, and along N, for dgrad; either may be None.
 
-    The copy along the axis that is contiguous in memory comes from the row quantiser, the other from
-    the column quantiser.
+    The copy along the axis that is contiguous in memory is one of rows, the other one of columns.
     """
     if along_k is None and along_n is None:
         return None, None
     stored, layout = as_stored(b)
     flat = stored.flatten(0, 1)
     last, across = (along_k, along_n) if is_transposed(b) else (along_n, along_k)
-    by_row = quantize_rows(flat, layout, last or across or Gemm(), column_amax=across is not None)
+    by_row, columns = quantize_both(flat, layout, last, across)
     one = Weights(by_row.data, by_row.scale.view(stored.shape[:2])) if last else None
-    other = Weights(*quantize_columns(flat, layout, by_row, across)) if across else None
+    other = Weights(*columns) if columns else None
     return (one, other) if is_transposed(b) else (other, one)
 
 
@@ -68,10 +68,11 @@ def exact_operand(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
 
 
 def contract(
-    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], ends: Tensor,
+    left: Sequence[Tensor], right: Sequence[Tensor], ends: Tensor,
     dtype: torch.dtype, gemm: Gemm, like: Tensor,
 ) -> Tensor:  # fmt: skip
     """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
+    (a, a_scale), (b, b_scale) = left, right
     if is_transposed(like):
-        return gemm_contraction(*right, *left, ends, dtype, gemm.promote).mT
-    return gemm_contraction(*left, *right, ends, dtype, gemm.promote)
+        return gemm_contraction(b, b_scale, a, a_scale, ends, dtype, gemm.promote).mT
+    return gemm_contraction(a, a_scale, b, b_scale, ends, dtype, gemm.promote)
