@@ -142,7 +142,7 @@ def test_time_by_part_adds_up() -> None:
 
 
 def test_moe_layer_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    args = "moe-layer --device cpu --tokens 32 --repeats 2 --recipe mxfp8 --quantized"
+    args = "moe-layer --device cpu --tokens 32 --repeats 2 --recipe mxfp8 --quantized --auto"
     main([*args.split(), "--json", str(tmp_path / "l.json"), "--png", str(tmp_path / "l.png")])
     rows = {(row["candidate"], row["layout"]): row for row in written(tmp_path / "l.json")["rows"]}
     ours = rows["moefp8 mxfp8", "balanced"]
@@ -151,6 +151,8 @@ def test_moe_layer_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert ours["speedup"] > 0
     assert ours["parts"]["quantise"] > 0
     assert rows["moefp8 mxfp8, weights ready", "balanced"]["median_s"] > 0
+    assert rows["moefp8 auto", "balanced"]["choice"].startswith("BF16: FP8 is emulated on a CPU")
+    assert ("moefp8 auto, weights ready", "balanced") not in rows  # those are of one recipe
     assert rows["moefp8 mxfp8", "skewed"]["over_balanced"] > 0
     assert rows[moe_layer.EAGER, "balanced"]["kept_bytes_ratio"] == 1.0
     assert rows[moe_layer.COMPILED, "balanced"]["missing"] == "is compiled for a CUDA device only"

@@ -233,6 +233,7 @@ def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
     def show() -> None:
         report.show_measured(session.console, rows)
         report.show_parts(session.console, rows)
+        report.show_choices(session.console, rows)
         session.console.print(report.MOE_LAYER_LEGEND, style="dim", highlight=False)
         if args.png is not None and rows:
             from moefp8.bench import plots

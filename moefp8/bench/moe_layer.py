@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefp8 import BF16, expert_ffn, moe_ffn, quantize_params
+from moefp8 import BF16, choose_recipe, expert_ffn, moe_ffn, quantize_params
 from moefp8.bench.layers import (
     Inputs,
     Layer,
@@ -45,12 +45,19 @@ class LayerCandidate(NamedTuple):
         layer: makes ``layer(params, x)`` for a problem and its parameters.
         experts: the expert feed-forward alone, for the bytes that it keeps.
         refuse: why it cannot run, or None.
+        choice: of recipe "auto": what it stands for, and why.
     """
 
     name: str
     layer: Callable[[LayerProblem, Params], Layer]
     experts: Callable[[], Experts]
     refuse: Callable[[torch.device], str | None] = lambda device: None
+    choice: Callable[[LayerProblem, torch.device], str] | None = None
+
+
+def _choice(problem: LayerProblem, device: torch.device) -> str:
+    c = problem.config
+    return str(choose_recipe(problem.rows, c.dim, c.hidden, c.num_experts, device=device))
 
 
 class Row(NamedTuple):
@@ -63,6 +70,8 @@ class Row(NamedTuple):
     figures: dict[str, float]
     #: Seconds by part, of a single profiled call.
     parts: dict[str, float]
+    #: What recipe "auto" chose, and why.
+    choice: str | None = None
 
     @property
     def place(self) -> str:
@@ -117,12 +126,13 @@ def ours(
 
             return _compiled(own) if compile_ else own
 
-        return LayerCandidate(name, layer, lambda: partial(expert_ffn, **how))
+        found = LayerCandidate(name, layer, lambda: partial(expert_ffn, **how))
+        return found._replace(choice=_choice) if recipe == "auto" else found
 
     found = []
     for name, recipe in recipes.items():
         found.append(candidate(f"moefp8 {name}", recipe))
-        if quantized and recipe != BF16:
+        if quantized and isinstance(recipe, Recipe) and recipe != BF16:
             found.append(candidate(f"moefp8 {name}, weights ready", recipe, reuse=True))
         if compiled:
             found.append(candidate(f"moefp8 {name}, compiled", recipe, compile_=True))
@@ -206,11 +216,14 @@ def _measure(
     faster = min(present, key=lambda name: statistics.median(times[f"balanced\n{name}"]), default=None)
     rows = []
     for layout in LAYOUTS:
-        for name in (candidate.name for candidate in candidates):
+        for candidate in candidates:
+            name = candidate.name
             key = f"{layout}\n{name}"
             figures: dict[str, float] = {}
             parts: dict[str, float] = {}
+            choice = None
             if key in times:
+                choice = candidate.choice(problem, device) if candidate.choice else None
                 figures = {**summary(times[key]), "exposed": float(key in exposed)}
                 figures["rate"] = problem.operations / figures["median_s"]
                 figures |= _ratios(times, key, layout, faster)
@@ -221,7 +234,7 @@ def _measure(
                     timer.beat()
                     parts = time_by_part(steps[key], device, problem.config.dim, problem.config.hidden)
             reason = failed.get(key, missing[name])
-            rows.append(Row(problem, layout, name, reason, figures, parts))
+            rows.append(Row(problem, layout, name, reason, figures, parts, choice))
     return rows
 
 

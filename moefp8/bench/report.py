@@ -204,6 +204,13 @@ def show_parts(console: Console, rows: Sequence[moe_layer.Row]) -> None:
         console.print(table)
 
 
+def show_choices(console: Console, rows: Sequence[moe_layer.Row]) -> None:
+    """What recipe "auto" chose for each layer, and why."""
+    for row in rows:
+        if row.choice is not None and row.layout == "balanced":
+            console.print(f"{row.problem.name}, auto: {row.choice}", markup=False)
+
+
 def show_accumulation(console: Console, rows: Sequence[accumulation.Row]) -> None:
     """Bias and SQNR of each candidate, product by product; a column for each length or distribution."""
     kinds: dict[str, tuple[str, Callable[[float], str]]] = {
