@@ -48,7 +48,7 @@ def test_quantize_command(tmp_path: Path) -> None:
     main([*args.split(), "--json", str(tmp_path / "q.json"), "--png", str(tmp_path / "q.png")])
     rows = written(tmp_path / "q.json")["rows"]
     ours = [row for row in rows if row["candidate"].startswith("moefp8")]
-    assert len(ours) == 4 + len(quantize.REFERENCE)
+    assert len(ours) == 5 + len(quantize.REFERENCE)
     assert all(row["copy_share"] > 0 for row in ours)
     assert is_png(tmp_path / "q.png")
     assert "| moefp8 rows of activation, mx |" in render(tmp_path / "q.json")

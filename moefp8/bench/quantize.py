@@ -2,8 +2,8 @@
 
 The share of the copy speed counts the least bytes that such a quantiser must move. One scale for a
 whole row is found while the row is in registers: 2 bytes read and 1 written an element. Scales for
-whole columns take the column maxima, gathered by whoever read the tensor before. Weights both ways
-are both of these, one after the other: 6 bytes.
+whole columns take the column maxima, gathered by whoever read the tensor before. Both ways is both of
+these: 6 bytes one after the other, and 4 where a group stays in the cache between them.
 """
 
 import statistics
@@ -45,7 +45,8 @@ class Quantiser(NamedTuple):
         refuse: why it cannot run, or None.
         group: elements that share a scale, -1 for the whole contraction: too few scales to count.
         source: a field of :class:`Inputs`.
-        copies: quantised copies that it writes, for each of which it reads its input.
+        copies: quantised copies that it writes.
+        reads: how often it must read its input: once for each copy, if left out.
         tunes: whether its first call at a shape may take minutes, so that it is made apart first.
     """
 
@@ -55,13 +56,15 @@ class Quantiser(NamedTuple):
     group: int = -1
     source: str = "activation"
     copies: int = 1
+    reads: Callable[[Inputs], int] | None = None
     tunes: bool = False
 
     def bytes_moved(self, inputs: Inputs) -> int:
-        """bfloat16 read, and a copy and its scales written, once for each copy."""
+        """Two bytes an element of each reading, one of each copy, and its scales."""
         elements: int = getattr(inputs, self.source).numel()
         scales = 0 if self.group < 0 else -(-elements // self.group)  # E8M0: a byte each
-        return self.copies * (3 * elements + scales)
+        reads = self.copies if self.reads is None else self.reads(inputs)
+        return 2 * reads * elements + self.copies * (elements + scales)
 
 
 # --- ours ----------------------------------------------------------------------------------------
@@ -89,20 +92,24 @@ def _columns(source: str, gemm: Gemm, x: Inputs) -> Step:
     return lambda: quantize_columns(tensor, layout, by_row, gemm)
 
 
-def _weights(gemm: Gemm, x: Inputs) -> Step:
+def _both(source: str, gemm: Gemm, x: Inputs) -> Step:
+    """Both copies, as the library makes them: in one kernel where a group fits into the cache."""
     from moefp8.kernels.gemm import tile_rows
     from moefp8.kernels.plan import plan
-    from moefp8.kernels.quantize_columns import quantize_columns
-    from moefp8.kernels.quantize_rows import quantize_rows
+    from moefp8.kernels.quantize_both import quantize_both
 
-    flat = x.weight.flatten(0, 1)
-    layout = plan(expert_ends(x.weight), flat.shape[0], tile_rows(flat.device))
+    tensor = getattr(x, source)
+    offs = expert_ends(tensor) if source == "weight" else x.offs
+    flat = tensor.flatten(0, -2)
+    layout = plan(offs, flat.shape[0], tile_rows(flat.device))
+    return lambda: quantize_both(flat, layout, gemm, gemm)
 
-    def both() -> Any:
-        by_row = quantize_rows(flat, layout, gemm, column_amax=True)
-        return by_row, quantize_columns(flat, layout, by_row, gemm)
 
-    return both
+def _reads_of_both(source: str, x: Inputs) -> int:
+    from moefp8.kernels.quantize_both import in_cache
+
+    tensor = getattr(x, source)
+    return 1 if in_cache(tensor.flatten(0, -2), x.offs.shape[0]) else 2
 
 
 def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
@@ -118,7 +125,10 @@ def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
             ),
             quantiser(f"columns of {source}", partial(_columns, source, gemm), source=source),
         ]
-    return [*own, quantiser("weights both ways", partial(_weights, gemm), source="weight", copies=2)]
+    for source in Inputs._fields[:3]:
+        both = quantiser(f"{source} both ways", partial(_both, source, gemm), source=source, copies=2)
+        own.append(both._replace(reads=partial(_reads_of_both, source)))
+    return own
 
 
 KERNELS = [*_kernels_of(Gemm(), "mx"), *_kernels_of(Gemm(format="row"), "rowwise")]
