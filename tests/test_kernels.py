@@ -12,7 +12,6 @@ from moefp8.kernels import (
     gemm,
     group_sum,
     high_precision,
-    quantize_both,
     quantize_columns,
     quantize_rows,
 )
@@ -112,43 +111,24 @@ def test_quantisers(layout, gemm_format, poison, device):
     same_bits(scale[filled], want_scale[filled])
 
 
-@pytest.mark.parametrize(
-    ("layout", "formats", "poison"),
-    [*((x, ("mx", "mx"), 3) for x in ODD_LAYOUTS), (ODD_LAYOUTS[0], ("row", "e5m2"), 0)],
-    ids=str,
-)
-def test_both_ways(layout, formats, poison, device):
-    check_both_ways(layout, formats, poison, device)
-
-
-@pytest.mark.gpu  # the interpreter takes minutes over 256 groups
-def test_both_ways_of_many_groups():
-    check_both_ways(LAYOUTS[-1], ("mx", "mx"), 3, "cuda")
-
-
-def check_both_ways(layout, formats, poison, device):
-    """One kernel gives what the two quantisers give; and each of them what it gives of gathered rows."""
-    along, across = (FORMATS[x] for x in formats)
-    offs, x = layout.offs(device), draw((layout.rows, 80), device, poison=poison)
-    where, used = plans.plan(offs, layout.rows, 192), int(offs[-1])
-    end = int(where.ends[-1])
-    filled = torch.diff(offs, prepend=offs.new_zeros(1)) > 0
-    want = quantize_rows.reference(x, offs, along)
-    want_columns = quantize_columns.reference(x, offs, want, across)
-
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+def test_gathered_rows(layout, device):
+    """Rows picked by ``source`` are quantised as if they had been gathered first."""
+    offs, x = layout.offs(device), draw((layout.rows, 80), device, poison=3)
+    where = plans.plan(offs, layout.rows, 192)
     order = torch.randperm(layout.rows, generator=torch.Generator().manual_seed(0)).to(device)
     scattered = torch.empty_like(x).index_copy_(0, order, x)  # whose rows ``order`` are x
-    for source, tokens in ((None, x), (order, scattered)):
-        by_row = quantize_rows.quantize_rows(tokens, where, along, column_amax=True, source=source)
-        columns = quantize_columns.quantize_columns(tokens, where, by_row, across, source=source)
-        both = quantize_both.quantize_both(tokens, where, along, across, source=source)
-        for got, (data, scale) in ((by_row, columns), both):
-            same_bits(got.data[:used], want.data[:used])
-            same_bits(got.scale[:used], want.scale[:used])
-            same_bits(got.column_amax, want.column_amax)
-            same_bits(got.poisoned, want.poisoned)
-            same_bits(data[:, :end], want_columns[0][:, :end])
-            same_bits(scale[filled], want_columns[1][filled])
+    got, want = (
+        quantize_rows.quantize_rows(tokens, where, Gemm(), column_amax=True, source=source)
+        for tokens, source in ((scattered, order), (x, None))
+    )
+    used, end = int(offs[-1]), int(where.ends[-1])
+    same_bits(got.data[:used], want.data[:used])
+    same_bits(got.scale[:used], want.scale[:used])
+    same_bits(got.column_amax, want.column_amax)
+    same_bits(got.poisoned, want.poisoned)
+    columns, _ = quantize_columns.quantize_columns(scattered, where, got, Gemm(), source=order)
+    same_bits(columns[:, :end], quantize_columns.quantize_columns(x, where, want, Gemm())[0][:, :end])
 
 
 LONG_ROWS = [pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (16, 1040, 5120, 8192, 16400)]

@@ -103,7 +103,7 @@ def _empty(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
 @leaf("plan", fake=_empty, vmap=by_loop)
 def _plan(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     tiles, segments, ends = _empty(offs, rows, tile)
-    num_groups, entries = offs.shape[0], 64
+    num_groups, entries = offs.shape[0], 16
     longest = max(tiles.shape[0], segments.shape[0])
     _plan_kernel[(triton.cdiv(longest, entries),)](
         tiles, segments, ends, offs.contiguous(), rows, num_groups, tiles.shape[0], segments.shape[0],

@@ -44,14 +44,6 @@ MAX_COLUMNS = 32768
 
 
 @triton.jit
-def wanted(group, num_groups, only, ONLY: tl.constexpr):
-    """Whether a segment block has a group, and one marked in ``only`` if that counts."""
-    if ONLY:
-        return (group < num_groups) & (tl.load(only + tl.minimum(group, num_groups - 1)) != 0)
-    return group < num_groups
-
-
-@triton.jit
 def source_rows(source, row, end, SOURCED: tl.constexpr):
     """Where rows lie in the input: themselves, or where ``source`` says, as int64."""
     if SOURCED:
@@ -94,17 +86,17 @@ def quantize_band(
 
 @triton.jit
 def _quantize_rows_kernel(
-    x, source, data, scale, band_amax, band_poisoned, segments, only, num_groups, columns, stride,
-    SOURCED: tl.constexpr, ONLY: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    x, source, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+    SOURCED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: a band of rows of one group. With ONLY, of a group marked in ``only``.
+    # One program: a band of rows of one group.
     band = tl.program_id(0)
     segment = band // (SEGMENT // BAND)
     group = tl.load(segments + 3 * segment)
-    if wanted(group, num_groups, only, ONLY):
+    if group < num_groups:
         start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
         end = tl.load(segments + 3 * segment + 2)
         largest, top = quantize_band(
@@ -119,8 +111,8 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _repair_poisoned_kernel(
-    x, source, data, scale, band_amax, band_poisoned, segments, only, num_groups, columns, stride,
-    SOURCED: tl.constexpr, ONLY: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    x, source, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+    SOURCED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
@@ -131,7 +123,7 @@ def _repair_poisoned_kernel(
     band = tl.program_id(0)
     segment = band // (SEGMENT // BAND)
     group = tl.load(segments + 3 * segment)
-    if wanted(group, num_groups, only, ONLY) & (tl.load(band_poisoned + band) != 0):
+    if (group < num_groups) & (tl.load(band_poisoned + band) != 0):
         start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
         end = tl.load(segments + 3 * segment + 2)
         column = tl.arange(0, COLUMNS)
@@ -168,14 +160,10 @@ def _repair_poisoned_kernel(
 @triton.jit
 def _reduce_bands_kernel(
     column_amax, poisoned, band_amax, band_poisoned, ends, columns,
-    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr, ONLY: tl.constexpr = False,
+    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: some columns of one group, over every so many-th 32 bands of its segment. With ONLY,
-    # of a poisoned group, over all of them, and in place of what is there.
+    # One program: some columns of one group, over every so many-th 32 bands of its segment.
     group = tl.program_id(0)
-    if ONLY:
-        if tl.load(poisoned + group) == 0:
-            return
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0))) // BAND
@@ -189,11 +177,8 @@ def _reduce_bands_kernel(
         part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
         largest = tl.maximum(largest, tl.max(part, 0))
         sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
-    if ONLY:
-        tl.store(column_amax + group * columns + column, largest, mask=inside)
-    else:
-        tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
-        tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
+    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
+    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 class RowQuantized(NamedTuple):
@@ -252,41 +237,6 @@ def tiling(columns: int, bands_of_64: int = 0) -> Tiling:
     return Tiling(1, band, lanes, 4 if lanes <= 2048 else min(lanes // 1024, 16))
 
 
-def launch_rows(
-    x: Tensor, source: Tensor | None, data: Tensor, scale: Tensor, segments: Tensor, ends: Tensor,
-    gemm: Gemm, column_amax: Tensor | None, poisoned: Tensor | None, redo: bool = False,
-) -> None:  # fmt: skip
-    """Fill ``data`` and ``scale``, and the maxima of columns and the poison of groups if given.
-
-    With ``redo``, for the groups that are marked poisoned already and for no other.
-    """
-    columns, num_groups = x.shape[1], ends.shape[0]
-    with_amax = column_amax is not None
-    how = tiling(columns, 2 * segments.shape[0] if with_amax else 0)
-    bands = segments.shape[0] * (SEGMENT // how.band)
-    band_amax = x.new_empty(bands if with_amax else 0, columns, dtype=torch.int32)
-    band_poisoned = x.new_empty(bands, dtype=torch.int32)
-    arguments = (
-        x, segments if source is None else source, data.view(torch.uint8), scale, band_amax,
-        band_poisoned, segments, poisoned if redo else segments, num_groups, columns, x.stride(0),
-    )  # fmt: skip
-    common = dict(
-        SOURCED=source is not None, ONLY=redo, OUT=TRITON_DTYPES[gemm.dtype], COLUMN_AMAX=with_amax,
-        **encoding(gemm, x.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=how.band, COLUMNS=how.lanes, num_warps=how.warps,
-    )  # fmt: skip
-    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, **common)
-    _repair_poisoned_kernel[(bands,)](*arguments, **common)
-    if with_amax:
-        across = triton.cdiv(columns, 64)
-        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
-        split = 1 if redo else max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
-        _reduce_bands_kernel[(num_groups, across, split)](
-            column_amax, poisoned, band_amax, band_poisoned, ends, columns,
-            BAND=how.band, BANDS=32, COLUMNS=64, ONLY=redo,
-        )  # fmt: skip
-
-
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
 def _quantize_rows(
     x: Tensor,
@@ -300,12 +250,33 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     data, scale, amax, poisoned = _fake(x, source, segments, ends, format, dtype, rule, column_amax)
-    amax.zero_()
-    poisoned.zero_()
-    if data.numel():
-        gemm = Gemm(format, dtype, rule)
-        maxima = (amax, poisoned) if column_amax else (None, None)
-        launch_rows(x, source, data, scale, segments, ends, gemm, *maxima)
+    if data.numel() == 0:
+        return data, scale, amax.zero_(), poisoned.zero_()
+    columns, num_groups = x.shape[1], ends.shape[0]
+    how = tiling(columns, 2 * segments.shape[0] if column_amax else 0)
+    bands = segments.shape[0] * (SEGMENT // how.band)
+    band_amax = x.new_empty(bands if column_amax else 0, columns, dtype=torch.int32)
+    band_poisoned = x.new_empty(bands, dtype=torch.int32)
+    arguments = (
+        x, segments if source is None else source, data.view(torch.uint8), scale,
+        band_amax, band_poisoned, segments, num_groups, columns, x.stride(0),
+    )  # fmt: skip
+    common = dict(
+        SOURCED=source is not None, OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
+        **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
+        SEGMENT=SEGMENT, BAND=how.band, COLUMNS=how.lanes, num_warps=how.warps,
+    )  # fmt: skip
+    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, **common)
+    _repair_poisoned_kernel[(bands,)](*arguments, **common)
+    if column_amax:
+        amax.zero_()
+        poisoned.zero_()
+        across = triton.cdiv(columns, 64)
+        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
+        split = max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
+        _reduce_bands_kernel[(num_groups, across, split)](
+            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=how.band, BANDS=32, COLUMNS=64
+        )
     return data, scale, amax, poisoned
 
 

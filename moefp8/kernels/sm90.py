@@ -24,12 +24,12 @@ from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
 from moefp8.kernels.plan import Plan, plan
-from moefp8.kernels.quantize_both import quantize_both
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
 from moefp8.kernels.reference import high_precision
 from moefp8.kernels.sm90_ffn import fuse
 from moefp8.kernels.sm90_operands import (
+    both_ways,
     contract,
     exact_operand,
     exact_weights,
@@ -157,7 +157,7 @@ def rows_backward(
     along = dgrad if needed[0] and in_fp8(dgrad) else None
     across = wgrad if needed[1] and in_fp8(wgrad) else None
     if along or across:
-        by_row, columns = quantize_both(g, layout, along, across)
+        by_row, columns = both_ways(g, layout, along, across)
     if needed[0]:
         if along:
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)

@@ -25,11 +25,11 @@ from moefp8.kernels.ffn import Composed, Three
 from moefp8.kernels.gemm import Weights, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.plan import Plan, plan
-from moefp8.kernels.quantize_both import in_cache, quantize_both
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
 from moefp8.kernels.sm90_operands import (
     as_stored,
+    both_ways,
     contract,
     in_fp8,
     is_transposed,
@@ -49,12 +49,9 @@ def _for_forward(
     stored, layout = as_stored(w.mT)
     rows = stored.flatten(0, 1)
     if is_transposed(w.mT):
-        if in_cache(rows, stored.shape[0]):  # the second copy is cheap now
-            by_row, columns = quantize_both(rows, layout, recipe.fwd, recipe.dgrad)
-        else:
-            by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
-            columns = by_row.column_amax, by_row.poisoned
-        return Weights(by_row.data, by_row.scale.view(stored.shape[:2])), columns
+        by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
+        along_k = Weights(by_row.data, by_row.scale.view(stored.shape[:2]))
+        return along_k, (by_row.column_amax, by_row.poisoned)
     # Rows in memory run along N: that copy comes first, and is there already.
     by_row = quantize_rows(rows, layout, recipe.dgrad, column_amax=True)
     along_k = Weights(*quantize_columns(rows, layout, by_row, recipe.fwd))
@@ -145,7 +142,7 @@ def fuse(composed: Composed) -> Composed:
         through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
         if not (through or w2_needed):
             return dx, dw1, dw2, dw3, db1, db2, db3
-        by_row, g_columns = quantize_both(g, layout, dgrad, wgrad if w2_needed else None)
+        by_row, g_columns = both_ways(g, layout, dgrad, wgrad if w2_needed else None)
         if through:
             d_hidden = product(by_row, 1)
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)

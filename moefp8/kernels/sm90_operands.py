@@ -8,7 +8,8 @@ from torch import Tensor
 from moefp8.kernels.fake_quantize import fake_quantize
 from moefp8.kernels.gemm import Weights, gemm_contraction
 from moefp8.kernels.plan import SEGMENT, Plan, plan
-from moefp8.kernels.quantize_both import quantize_both
+from moefp8.kernels.quantize_columns import quantize_columns
+from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
 from moefp8.recipe import Gemm
 
 
@@ -34,6 +35,17 @@ def as_stored(b: Tensor) -> tuple[Tensor, Plan]:
     return stored, plan(equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
 
 
+def both_ways(
+    x: Tensor, layout: Plan, along: Gemm | None, across: Gemm | None
+) -> tuple[RowQuantized, tuple[Tensor, ...]]:
+    """``x`` (M, K) quantised along K under ``along`` and along the rows of each group under ``across``.
+
+    Either may be None: the rows are then not to be read, or the columns ``()``.
+    """
+    by_row = quantize_rows(x, layout, along or across or Gemm(), column_amax=across is not None)
+    return by_row, quantize_columns(x, layout, by_row, across) if across else ()
+
+
 def weights_both_ways(
     b: Tensor, along_k: Gemm | None, along_n: Gemm | None
 ) -> tuple[Weights | None, Weights | None]:
@@ -46,7 +58,7 @@ def weights_both_ways(
     stored, layout = as_stored(b)
     flat = stored.flatten(0, 1)
     last, across = (along_k, along_n) if is_transposed(b) else (along_n, along_k)
-    by_row, columns = quantize_both(flat, layout, last, across)
+    by_row, columns = both_ways(flat, layout, last, across)
     one = Weights(by_row.data, by_row.scale.view(stored.shape[:2])) if last else None
     other = Weights(*columns) if columns else None
     return (one, other) if is_transposed(b) else (other, one)
