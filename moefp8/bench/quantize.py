@@ -46,7 +46,6 @@ class Quantiser(NamedTuple):
         group: elements that share a scale, -1 for the whole contraction: too few scales to count.
         source: a field of :class:`Inputs`.
         copies: quantised copies that it writes.
-        reads: how often it must read its input: once for each copy, if left out.
         tunes: whether its first call at a shape may take minutes, so that it is made apart first.
     """
 
@@ -56,15 +55,13 @@ class Quantiser(NamedTuple):
     group: int = -1
     source: str = "activation"
     copies: int = 1
-    reads: Callable[[Inputs], int] | None = None
     tunes: bool = False
 
     def bytes_moved(self, inputs: Inputs) -> int:
-        """Two bytes an element of each reading, one of each copy, and its scales."""
+        """For each copy two bytes an element read and one written, and its scales."""
         elements: int = getattr(inputs, self.source).numel()
         scales = 0 if self.group < 0 else -(-elements // self.group)  # E8M0: a byte each
-        reads = self.copies if self.reads is None else self.reads(inputs)
-        return 2 * reads * elements + self.copies * (elements + scales)
+        return self.copies * (3 * elements + scales)
 
 
 # --- ours ----------------------------------------------------------------------------------------
@@ -93,23 +90,16 @@ def _columns(source: str, gemm: Gemm, x: Inputs) -> Step:
 
 
 def _both(source: str, gemm: Gemm, x: Inputs) -> Step:
-    """Both copies, as the library makes them: in one kernel where a group fits into the cache."""
+    """Both copies, the columns from a second reading."""
     from moefp8.kernels.gemm import tile_rows
     from moefp8.kernels.plan import plan
-    from moefp8.kernels.quantize_both import quantize_both
+    from moefp8.kernels.sm90_operands import both_ways
 
     tensor = getattr(x, source)
     offs = expert_ends(tensor) if source == "weight" else x.offs
     flat = tensor.flatten(0, -2)
     layout = plan(offs, flat.shape[0], tile_rows(flat.device))
-    return lambda: quantize_both(flat, layout, gemm, gemm)
-
-
-def _reads_of_both(source: str, x: Inputs) -> int:
-    from moefp8.kernels.quantize_both import in_cache
-
-    tensor = getattr(x, source)
-    return 1 if in_cache(tensor.flatten(0, -2), x.offs.shape[0]) else 2
+    return lambda: both_ways(flat, layout, gemm, gemm)
 
 
 def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
@@ -127,7 +117,7 @@ def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
         ]
     for source in Inputs._fields[:3]:
         both = quantiser(f"{source} both ways", partial(_both, source, gemm), source=source, copies=2)
-        own.append(both._replace(reads=partial(_reads_of_both, source)))
+        own.append(both)
     return own
 
 
