@@ -69,15 +69,19 @@ def _scaled_kernel(
                     b.T, from_tiles(b_scale, COLUMNS, STEP // 32), B_FORMAT, acc,
                 )  # fmt: skip
 
-            row = c_row + tl.arange(0, ROWS)
-            n = column + tl.arange(0, COLUMNS)
             if BIAS:
+                n = column + tl.arange(0, COLUMNS)
                 biased = tl.where(group < num_groups, columns, 0)
                 added = tl.load(bias + group * bias_stride + n, mask=n < biased, other=0.0)
                 acc += added.to(tl.float32)[None, :]
-            at = row.to(tl.int64)[:, None] * columns + n[None, :]
-            keep = (row < c_end)[:, None] & (n < columns)[None, :]
-            tl.store(c + at, acc.to(c.dtype.element_ty), mask=keep)
+            # In two halves: the addresses of a whole tile of 128 x 256 do not fit into registers.
+            halves = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+            row = c_row + tl.arange(0, ROWS)
+            for half in tl.static_range(2):
+                n = column + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+                at = row.to(tl.int64)[:, None] * columns + n[None, :]
+                keep = (row < c_end)[:, None] & (n < columns)[None, :]
+                tl.store(c + at, halves[half].to(c.dtype.element_ty), mask=keep)
 
 
 def _scale_descriptor(scale: Tensor, rows: int) -> TensorDescriptor:
