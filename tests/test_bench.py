@@ -125,6 +125,8 @@ def test_groups_of_no_published_shape() -> None:
         main(["quantize", "--device", "cpu", "--groups", "3"])
 
 
+# Importing torchao 0.18 under Python 3.12.
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")
 @pytest.mark.gpu
 def test_commands_on_a_gpu(tmp_path: Path) -> None:
     shape = "--shape 1024,512,512 --groups 4 --repeats 2"

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from ffn_cases import cases
-from specs import Layout
+from specs import TRITON, Layout
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moefp8 import remat
+from moefp8.recipe import PRESETS
 
 LAYOUT = Layout("transforms", (10, 0, 23), 7)
 BATCH = 3
@@ -79,7 +80,14 @@ def test_vmap_and_vmap_of_grad(case):
     want = stack([eager(loss, *both) for both in each])
     same(vmap(grad(loss, (0, 1)))(ensemble, xs), want)
     last = stack([p for p, _ in each], dim=-1)
-    same(vmap(grad(loss, (0, 1)), (-1, 0))(last, xs), want)
+    got = vmap(grad(loss, (0, 1)), (-1, 0))(last, xs)
+    if case.backend is TRITON and case.recipe == PRESETS["fp8_rowwise"]:
+        # Gradients of weights in another memory order are computed transposed: (acc sa) sb in float32, not
+        # (acc sb) sa, and rounded to bfloat16. Two neighbours are at most 2^-7 apart.
+        for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-7, atol=0)
+    else:
+        same(got, want)
 
 
 @every

@@ -219,6 +219,9 @@ def test_products(layout, gemm_format, out_dtype, device):
     out = gemm.gemm_rows(a_rows.data, a_rows.scale, along_k, where.tiles, bias, out_dtype, 128)
     check(out, gemm.reference_rows(a_rows.data, a_rows.scale, along_k, offs, bias), k)
     assert (out[int(offs[-1]) :] == 0).all()
+    strided = torch.stack([bias, bias + 1], -1)[..., 0]
+    again = gemm.gemm_rows(a_rows.data, a_rows.scale, along_k, where.tiles, strided, out_dtype, 128)
+    same_bits(again, out)
     da = gemm.gemm_rows(g_rows.data, g_rows.scale, along_n, where.tiles, None, out_dtype, 128)
     check(da, gemm.reference_rows(g_rows.data, g_rows.scale, along_n, offs, None), n)
     dw = gemm.gemm_contraction(*g_cols, *a_cols, where.ends, out_dtype, 128)

@@ -68,7 +68,7 @@ def time_by_part(step: Callable[[], Any], device: torch.device, dim: int, hidden
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         step()
         if cuda:
             torch.cuda.synchronize(device)

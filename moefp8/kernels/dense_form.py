@@ -30,7 +30,7 @@ def dense_by_groups(rows: Callable, contraction: Callable) -> Callable:
         else:
             flat = a.flatten(0, 1)
         if bias is not None:  # (N,) or (G, 1, N)
-            bias = bias if bias.ndim == 1 else bias.reshape(-1, b.shape[-1])
+            bias = bias if bias.ndim == 1 else bias.flatten(0, 1)
         offs = equal_groups(num_groups, m, b.device)
         return rows(flat, b, offs, bias, gemm, out_dtype).view(num_groups, m, b.shape[-1])
 

@@ -131,6 +131,7 @@ def _gemm_rows(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, tiles: Tensor, bias: Tensor | None,
     out_dtype: torch.dtype, promote: int,
 ) -> Tensor:  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
     out = _fake_rows(a, a_scale, b, b_scale, tiles, bias, out_dtype, promote)
     num_groups, columns = b_scale.shape
     if out.numel() == 0:

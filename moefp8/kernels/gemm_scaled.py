@@ -125,6 +125,7 @@ def _gemm_scaled_rows(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, tiles: Tensor, bias: Tensor | None,
     num_groups: int, columns: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
     out = _fake_rows(a, a_scale, b, b_scale, tiles, bias, num_groups, columns, out_dtype)
     if out.numel() == 0:
         return out
