@@ -29,7 +29,6 @@ from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
 from moefp8.kernels.sm90_operands import (
     as_stored,
-    both_ways,
     contract,
     in_fp8,
     is_transposed,
@@ -142,9 +141,12 @@ def fuse(composed: Composed) -> Composed:
         through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
         if not (through or w2_needed):
             return dx, dw1, dw2, dw3, db1, db2, db3
-        by_row, g_columns = both_ways(g, layout, dgrad, wgrad if w2_needed else None)
+        # What is large lives as short as it can, and the gradient of x, the largest, comes last.
+        by_row = quantize_rows(g, layout, dgrad, column_amax=w2_needed)
+        g_maxima = _maxima((by_row.column_amax, by_row.poisoned))
         if through:
             d_hidden = product(by_row, 1)
+            del by_row
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
             if any_weight:
                 gate_columns, up_columns, hidden_columns = swiglu_backward_columns(
@@ -155,18 +157,22 @@ def fuse(composed: Composed) -> Composed:
                 db1 = bias_gradient(0, for_gate) if b1_needed else None
                 db3 = bias_gradient(2, for_up) if b3_needed else None
                 del for_gate, for_up
-            del d_hidden  # memory that the rest can use
-            if x_needed:
-                dx = product(d_gate, 0), product(d_up, 2)
-            del d_gate, d_up
+            del d_hidden
         else:
             hidden_columns = quantize_columns(ffn.swiglu(gate, up), layout, hidden_maxima, wgrad)
         if w2_needed:
-            dw2 = weight_gradient(1, hidden_columns, g_columns)
+            dw2 = weight_gradient(1, hidden_columns, quantize_columns(g, layout, g_maxima, wgrad))
+        if any_weight:
+            del hidden_columns
         if w1_needed or w3_needed:
             x_columns = quantize_columns(x, layout, x_maxima, wgrad, source=source)
             dw1 = weight_gradient(0, x_columns, gate_columns) if w1_needed else None
             dw3 = weight_gradient(2, x_columns, up_columns) if w3_needed else None
+            del x_columns
+        if through and any_weight:
+            del gate_columns, up_columns
+        if x_needed:
+            dx = product(d_gate, 0), product(d_up, 2)
         return dx, dw1, dw2, dw3, db1, db2, db3
 
     return Composed(forward, backward)
