@@ -102,8 +102,6 @@ def refuse(request: Request) -> str | None:
     operands = [b_dtype] if request.a_group is not None else [a_dtype, b_dtype]
     if any(dtype not in _DTYPES for dtype in (*operands, request.out_dtype)):
         return f"takes bfloat16, float16 and float32, got {operands} to {request.out_dtype}"
-    if request.a_group is not None and not _native(recipe.fwd):
-        return "a: is quantised, but recipe.fwd does not multiply in FP8"
     if request.form == "contraction":
         sizes = request.a_shape[0], request.b_shape[1]
     else:
