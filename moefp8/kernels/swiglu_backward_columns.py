@@ -37,8 +37,9 @@ from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
 
-#: 64 bytes of a column of codes, and 128 of a row of bf16. Twice as many rows take twice the registers.
-TILE_ROWS, TILE_COLUMNS = 64, 64
+#: 128 bytes of a column of codes, and 64 of a row of bf16. Of the shapes of 2048 and 4096 elements, and of
+#: 128 x 64, the fastest by 4 to 6 % at 768, 1408 and 8192 columns.
+TILE_ROWS, TILE_COLUMNS = 128, 32
 
 
 @triton.jit
