@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moefp8.kernels._fp8 import INF_BITS, MX_BLOCK, NAN, NAN_BITS, encode, magnitude_bits, scale_of
 from moefp8.kernels.plan import SEGMENT
-from moefp8.kernels.quantize_rows import _reduce_bands_kernel
 
 
 @triton.jit
@@ -50,6 +49,30 @@ def healthy_row(
     factor = tl.where(some == 0, NAN_BITS, factor.to(tl.int32, bitcast=True))
     first = tl.arange(0, 1)
     tl.store(scale + row + first, factor.to(tl.float32, bitcast=True), mask=first < end - row)
+
+
+@triton.jit
+def _reduce_bands_kernel(
+    column_amax, poisoned, band_amax, band_poisoned, ends, columns,
+    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # One program: some columns of one group, over every so many-th 32 bands of its segment.
+    group = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0))) // BAND
+    count = tl.load(ends + group) // BAND - start
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    sick = tl.zeros((BANDS,), tl.int32)
+    for i in range(tl.program_id(2), tl.cdiv(count, BANDS), tl.num_programs(2)):
+        nth = i * BANDS + tl.arange(0, BANDS)
+        band = (start + nth).to(tl.int64)
+        here = (nth < count)[:, None] & inside[None, :]
+        part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
+        largest = tl.maximum(largest, tl.max(part, 0))
+        sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
+    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
+    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 def reduce_bands(

@@ -24,11 +24,10 @@ from moefp8._quantize import group_amax, quantize
 from moefp8.formats import BLOCK, decode_scale
 from moefp8.groups import group_ids
 from moefp8.groups import segments as segments_of
+from moefp8.kernels._bands import band_rows, empty_bands, healthy_row, reduce_bands
 from moefp8.kernels._fp8 import (
     INF_BITS,
     MX_BLOCK,
-    NAN,
-    NAN_BITS,
     TRITON_DTYPES,
     encode,
     encoding,
@@ -94,11 +93,8 @@ def _quantize_rows_kernel(
 ):  # fmt: skip
     # One program: a band of rows of one group.
     band = tl.program_id(0)
-    segment = band // (SEGMENT // BAND)
-    group = tl.load(segments + 3 * segment)
+    group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if group < num_groups:
-        start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
-        end = tl.load(segments + 3 * segment + 2)
         largest, top = quantize_band(
             x, source, data, scale, start, end, columns, stride, SOURCED, OUT, COLUMN_AMAX,
             ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, BAND, ROWS, COLUMNS,
@@ -121,14 +117,9 @@ def _repair_poisoned_kernel(
     # of the scale of its row and of the maxima of its columns. In the kernel above this would cost
     # registers that every row pays for.
     band = tl.program_id(0)
-    segment = band // (SEGMENT // BAND)
-    group = tl.load(segments + 3 * segment)
+    group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if (group < num_groups) & (tl.load(band_poisoned + band) != 0):
-        start = tl.load(segments + 3 * segment + 1) + band % (SEGMENT // BAND) * BAND
-        end = tl.load(segments + 3 * segment + 2)
         column = tl.arange(0, COLUMNS)
-        blocks: tl.constexpr = COLUMNS // MX_BLOCK
-        present = tl.arange(0, blocks) < tl.cdiv(columns, MX_BLOCK)
         largest = tl.zeros((COLUMNS,), tl.int32)
         for first in range(0, BAND, MX_BLOCK):
             inner = tl.zeros((COLUMNS,), tl.int32)
@@ -137,48 +128,14 @@ def _repair_poisoned_kernel(
                 here = column < tl.where(row < end, columns, 0)
                 at = source_rows(source, row, end, SOURCED) * stride
                 v = tl.load(x + at + column, mask=here, other=0).to(tl.float32)
-                bits = magnitude_bits(v)
-                inner = tl.maximum(inner, bits)
-                block = tl.max(tl.reshape(bits, (blocks, MX_BLOCK)), 1)
-                healthy = block < INF_BITS
-                factor, inverse = scale_of(
-                    tl.max(tl.where(healthy, block, 0), 0, keep_dims=True), ROWWISE, CARRY, EMAX, MAX
-                )
-                code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-                sick = tl.broadcast_to((block >= INF_BITS)[:, None], (blocks, MX_BLOCK))
-                code = tl.where(tl.reshape(sick, (COLUMNS,)), NAN, code).to(tl.uint8)
-                tl.store(data + row * columns + column, code, mask=here)
-                some = tl.max((healthy & present).to(tl.int32), 0, keep_dims=True)
-                factor = tl.where(some == 0, NAN_BITS, factor.to(tl.int32, bitcast=True))
-                at = scale + row + tl.arange(0, 1)
-                tl.store(at, factor.to(tl.float32, bitcast=True), mask=tl.arange(0, 1) < end - row)
+                inner = tl.maximum(inner, magnitude_bits(v))
+                healthy_row(
+                    v, data, scale, row, end, columns, here,
+                    OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, COLUMNS,
+                )  # fmt: skip
             largest = tl.maximum(largest, tl.where(inner < INF_BITS, inner, 0))
         if COLUMN_AMAX:
             tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=column < columns)
-
-
-@triton.jit
-def _reduce_bands_kernel(
-    column_amax, poisoned, band_amax, band_poisoned, ends, columns,
-    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    # One program: some columns of one group, over every so many-th 32 bands of its segment.
-    group = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
-    start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0))) // BAND
-    count = tl.load(ends + group) // BAND - start
-    largest = tl.zeros((COLUMNS,), tl.int32)
-    sick = tl.zeros((BANDS,), tl.int32)
-    for i in range(tl.program_id(2), tl.cdiv(count, BANDS), tl.num_programs(2)):
-        nth = i * BANDS + tl.arange(0, BANDS)
-        band = (start + nth).to(tl.int64)
-        here = (nth < count)[:, None] & inside[None, :]
-        part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
-        largest = tl.maximum(largest, tl.max(part, 0))
-        sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
-    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
-    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 class RowQuantized(NamedTuple):
@@ -255,8 +212,7 @@ def _quantize_rows(
     columns, num_groups = x.shape[1], ends.shape[0]
     how = tiling(columns, 2 * segments.shape[0] if column_amax else 0)
     bands = segments.shape[0] * (SEGMENT // how.band)
-    band_amax = x.new_empty(bands if column_amax else 0, columns, dtype=torch.int32)
-    band_poisoned = x.new_empty(bands, dtype=torch.int32)
+    band_amax, band_poisoned = empty_bands(x, segments, how.band, column_amax)
     arguments = (
         x, segments if source is None else source, data.view(torch.uint8), scale,
         band_amax, band_poisoned, segments, num_groups, columns, x.stride(0),
@@ -269,14 +225,7 @@ def _quantize_rows(
     _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, **common)
     _repair_poisoned_kernel[(bands,)](*arguments, **common)
     if column_amax:
-        amax.zero_()
-        poisoned.zero_()
-        across = triton.cdiv(columns, 64)
-        # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
-        split = max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
-        _reduce_bands_kernel[(num_groups, across, split)](
-            amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=how.band, BANDS=32, COLUMNS=64
-        )
+        amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, how.band)
     return data, scale, amax, poisoned
 
 
