@@ -58,7 +58,4 @@ def test_bytes_of_a_quantiser() -> None:
     bytes_of = {q.name: q.bytes_moved(inputs) for q in quantize.OURS}
     assert bytes_of["moefp8 rows of cotangent, mx"] == 64 * 48 * (2 + 1)
     assert bytes_of["moefp8 weight both ways, mx"] == 2 * 48 * 32 * 2 * (2 + 1)  # read once for each
-    large = inputs._replace(weight=torch.zeros(2, 4096, 4096))  # 64 MB of float32 each do not
-    both = next(q for q in quantize.KERNELS if q.name == "moefp8 weight both ways, mx")
-    assert both.bytes_moved(large) == 2 * 4096 * 4096 * 2 * (2 + 1)
     assert bytes_of["moefp8 reference rows, mx 32"] == 64 * 32 * (2 + 1) + 64
