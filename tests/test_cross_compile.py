@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +69,33 @@ class Compiled(NamedTuple):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Both architectures, compiled from nothing."""
-    folder = tmp_path_factory.mktemp("cross")
-    running = {}
+    """Both architectures, compiled from nothing, once for all workers of a parallel run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cross"
+    done = folder / "done"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker is at it
+        patience = time.monotonic() + 600
+        while not done.exists():
+            assert time.monotonic() < patience, "the worker that compiles does not come to an end"
+            time.sleep(0.2)
+    else:
+        try:
+            compile_all(folder)
+        finally:
+            done.touch()
+    out = {}
+    for architecture in ARCHITECTURES:
+        report = folder / f"{architecture}.json"
+        assert report.exists(), (folder / f"{architecture}.log").read_text()[-4000:]
+        found = json.loads(report.read_text())
+        out[architecture] = Compiled(found["kernels"], found["compiled"])
+    return out
+
+
+def compile_all(folder):
+    running = []
     for architecture in ARCHITECTURES:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {
@@ -78,15 +103,13 @@ def compiled(tmp_path_factory):
             "PYTHONPATH": str(SCRIPT.parents[1]),
             "PYTHONWARNINGS": "ignore",
         }
-        command = [sys.executable, str(SCRIPT), str(architecture), str(folder / f"{architecture}.json")]
+        report = folder / f"{architecture}.json"
         with (folder / f"{architecture}.log").open("w") as log:
-            running[architecture] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    out = {}
-    for architecture, process in running.items():
-        assert process.wait(timeout=600) == 0, (folder / f"{architecture}.log").read_text()[-4000:]
-        report = json.loads((folder / f"{architecture}.json").read_text())
-        out[architecture] = Compiled(report["kernels"], report["compiled"])
-    return out
+            command = [sys.executable, str(SCRIPT), str(architecture), str(report)]
+            running.append((subprocess.Popen(command, env=environment, stdout=log, stderr=log), report))
+    for process, report in running:
+        if process.wait(timeout=500) != 0:
+            report.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -111,7 +111,7 @@ def test_quantisers(layout, gemm_format, poison, device):
     same_bits(scale[filled], want_scale[filled])
 
 
-@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+@pytest.mark.parametrize("layout", [x for x in ODD_LAYOUTS if x.name in ("single row", "tail")])
 def test_gathered_rows(layout, device):
     """Rows picked by ``source`` are quantised as if they had been gathered first."""
     offs, x = layout.offs(device), draw((layout.rows, 80), device, poison=3)

@@ -236,7 +236,7 @@ def feed_forward(
 WHOLE = [  # (layout, preset, options)
     ("tail", "mxfp8", {"top_k": 3, "order": "13"}),
     (
-        "unaligned",
+        "single row",
         "fp8_rowwise",
         {"prepared": True, "needed": (True, False, True, False, False, True, False)},
     ),
