@@ -12,7 +12,7 @@ the other keeps the tensor core busy.
 
 Per step and block: 48 KB fetched, 2 * 128 * 256 * 128 operations, 171 operations a byte: at 1300 TFLOP/s
 that is 7.6 TB/s, close to what L2 gives, so the tile's shape decides. 192 x 128 with three consumers
-(154 operations a byte) is 4 to 8 % slower. Bands of eight row tiles let L2 serve most of it; without
+(154 operations a byte) is 2 to 8 % slower. Bands of eight row tiles let L2 serve most of it; without
 any reuse there the card's 3 TB/s would feed 510 TFLOP/s.
 Shared memory: 4 * (128 + 256) * 128 + 2 * 64 * 128 * 2 bytes = 224 KB of 227.
 

@@ -14,7 +14,6 @@ scales span the contraction (format "row", or group -1) run as on Hopper, throug
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request
@@ -28,16 +27,13 @@ from moefp8.kernels.high_precision import high_precision_contraction, high_preci
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_blocks import Blocks, quantize_blocks
 from moefp8.kernels.reference import high_precision
-from moefp8.kernels.sm90_operands import as_stored, is_transposed
+from moefp8.kernels.refusals import refuse_device, refuse_dtypes, refuse_products, refuse_sizes
+from moefp8.kernels.sm90_operands import as_stored, in_memory_order, is_transposed
 from moefp8.kernels.swizzle import swizzle_rows
 from moefp8.mx import MXArray
 from moefp8.recipe import HIGH_PRECISION, Gemm, Recipe
 
 NAME = "triton-sm100"
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Read once, as triton.jit does where kernels are defined; Dynamo cannot trace a look at the knob.
-_INTERPRETED = triton.knobs.runtime.interpret
 
 
 # --- what can be served --------------------------------------------------------------------------
@@ -64,19 +60,6 @@ def name_on(device: torch.device) -> str:
     return NAME if blackwell else sm90.IMPLEMENTATION.name
 
 
-def _refuse_device(request: Request) -> str | None:
-    device = request.device
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major == 10:
-            return None
-        return f"needs a Blackwell GPU (compute capability 10.x), got {major}.{minor}"
-    if device.type == "cpu" and _INTERPRETED and request.named:
-        return None
-    by_name = "called by name, TRITON_INTERPRET=1 runs its kernels on a CPU"
-    return f"needs a Blackwell GPU, got {device.type} ({by_name})"
-
-
 def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) -> str | None:
     if _native(gemm):
         return None
@@ -90,33 +73,17 @@ def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) 
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve ``request``, or None."""
-    reason = _refuse_device(request)
-    if reason is not None:
-        return reason
-    recipe = request.recipe
-    if _by_epilogue(recipe):
-        if any(map(_native, recipe)):
+    return refuse_device(request, 10, "Blackwell", "10.x") or _refuse_call(request)
+
+
+def _refuse_call(request: Request) -> str | None:
+    if _by_epilogue(request.recipe):
+        if any(map(_native, request.recipe)):
             return "recipe: mixes products with a scale for every 32 and with one for the whole contraction"
         return sm90.refuse_call(request)
-    a_dtype, b_dtype = request.dtypes
-    operands = [b_dtype] if request.a_group is not None else [a_dtype, b_dtype]
-    if any(dtype not in _DTYPES for dtype in (*operands, request.out_dtype)):
-        return f"takes bfloat16, float16 and float32, got {operands} to {request.out_dtype}"
-    if request.form == "contraction":
-        sizes = request.a_shape[0], request.b_shape[1]
-    else:
-        sizes = request.b_shape[-2], request.b_shape[-1]
-    if any(n == 0 or n % 16 for n in sizes):
-        return f"needs the axes that are not grouped in multiples of 16, got {sizes}"
-    if request.has_bias and not _native(recipe.fwd):
-        return "bias: is added in the epilogue of the FP8 product, and recipe.fwd has none"
-    high = a_dtype if request.a_group is None else torch.float32
-    refusals = (
-        _refuse_gemm("fwd", recipe.fwd, torch.promote_types(high, b_dtype), request.out_dtype),
-        _refuse_gemm("dgrad", recipe.dgrad, torch.promote_types(request.out_dtype, b_dtype), high),
-        _refuse_gemm("wgrad", recipe.wgrad, torch.promote_types(request.out_dtype, high), b_dtype),
+    return (
+        refuse_dtypes(request) or refuse_sizes(request) or refuse_products(request, _native, _refuse_gemm)
     )
-    return next((reason for reason in refusals if reason), None)
 
 
 # --- operands ------------------------------------------------------------------------------------
@@ -220,10 +187,7 @@ def rows_backward(
 
 
 def _contract(left: Blocks, right: Blocks, ends: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
-    if is_transposed(like):
-        return gemm_scaled_contraction(right, left, ends, dtype).mT
-    return gemm_scaled_contraction(left, right, ends, dtype)
+    return in_memory_order(lambda a, b: gemm_scaled_contraction(a, b, ends, dtype), left, right, like)
 
 
 # --- the three products --------------------------------------------------------------------------

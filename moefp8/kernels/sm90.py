@@ -13,7 +13,6 @@ number under them has the value that 32-element blocks would give it (``docs/num
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request
@@ -27,6 +26,7 @@ from moefp8.kernels.plan import Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
 from moefp8.kernels.reference import high_precision
+from moefp8.kernels.refusals import refuse_device, refuse_dtypes, refuse_products, refuse_sizes
 from moefp8.kernels.sm90_ffn import fuse
 from moefp8.kernels.sm90_operands import (
     both_ways,
@@ -38,11 +38,6 @@ from moefp8.kernels.sm90_operands import (
 )
 from moefp8.mx import MXArray
 from moefp8.recipe import Gemm, Recipe
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Read once, as triton.jit does where kernels are defined; Dynamo cannot trace a look at the knob.
-_INTERPRETED = triton.knobs.runtime.interpret
-
 
 # --- what can be served --------------------------------------------------------------------------
 
@@ -63,43 +58,25 @@ def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) 
 
 def refuse(request: Request) -> str | None:
     """Why this implementation cannot serve ``request``, or None."""
-    device = request.device
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major != 9:
-            return f"needs a Hopper GPU (compute capability 9.0), got {major}.{minor}"
-    elif not (device.type == "cpu" and _INTERPRETED and request.named):
-        by_name = "called by name, TRITON_INTERPRET=1 runs its kernels on a CPU"
-        return f"needs a Hopper GPU, got {device.type} ({by_name})"
-    return refuse_call(request)
+    return refuse_device(request, 9, "Hopper", "9.0") or refuse_call(request)
 
 
 def refuse_call(request: Request) -> str | None:
     """Why these kernels cannot serve ``request`` on any device; ``sm100.py`` runs them on Blackwell."""
-    recipe = request.recipe
-    a_dtype, b_dtype = request.dtypes
-    operands = [b_dtype] if request.a_group is not None else [a_dtype, b_dtype]
-    if any(dtype not in _DTYPES for dtype in (*operands, request.out_dtype)):
-        return f"takes bfloat16, float16 and float32, got {operands} to {request.out_dtype}"
+    return (
+        refuse_dtypes(request)
+        or _refuse_quantized(request)
+        or refuse_sizes(request, MAX_COLUMNS)
+        or refuse_products(request, in_fp8, _refuse_gemm)
+    )
+
+
+def _refuse_quantized(request: Request) -> str | None:
     if request.a_group not in (None, -1):
         return f"a: its scales must span K (group=-1), got group={request.a_group}"
-    if request.a_group is not None and not in_fp8(recipe.fwd):
+    if request.a_group is not None and not in_fp8(request.recipe.fwd):
         return "a: is quantised, but recipe.fwd does not multiply in FP8 with scales that span K"
-    if request.form == "contraction":
-        sizes = request.a_shape[0], request.b_shape[1]
-    else:
-        sizes = request.b_shape[-2], request.b_shape[-1]
-    if any(n == 0 or n % 16 or n > MAX_COLUMNS for n in sizes):
-        return f"needs the axes that are not grouped in multiples of 16 up to {MAX_COLUMNS}, got {sizes}"
-    if request.has_bias and not in_fp8(recipe.fwd):
-        return "bias: is added in the epilogue of the FP8 product, and recipe.fwd has none"
-    high = a_dtype if request.a_group is None else torch.float32
-    refusals = (
-        _refuse_gemm("fwd", recipe.fwd, torch.promote_types(high, b_dtype), request.out_dtype),
-        _refuse_gemm("dgrad", recipe.dgrad, torch.promote_types(request.out_dtype, b_dtype), high),
-        _refuse_gemm("wgrad", recipe.wgrad, torch.promote_types(request.out_dtype, high), b_dtype),
-    )
-    return next((reason for reason in refusals if reason), None)
+    return None
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -203,11 +180,9 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
     left, right = a.mT, b  # (T, M) and (T, N), rows grouped
     layout = plan(offs, b.shape[0], tile_rows(b.device))
     if in_fp8(gemm):
-        copies = []
-        for x in (left, right):
-            by_row = quantize_rows(x, layout, gemm, column_amax=True)
-            copies.append(quantize_columns(x, layout, by_row, gemm))
-        return gemm_contraction(*copies[0], *copies[1], layout.ends, out_dtype, gemm.promote)
+        copies = (both_ways(x, layout, None, gemm)[1] for x in (left, right))
+        (a_data, a_scale), (b_data, b_scale) = copies
+        return gemm_contraction(a_data, a_scale, b_data, b_scale, layout.ends, out_dtype, gemm.promote)
     exact = exact_operand(left, layout, -2, gemm), exact_operand(right, layout, -2, gemm)
     return high_precision_contraction(exact[0].mT, exact[1], offs)
 

@@ -1,6 +1,7 @@
 """Operands of the products on Hopper: weights both ways, and what the bfloat16 product reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,12 +80,18 @@ def exact_operand(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
     return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
 
 
+def in_memory_order(product: Callable[[Any, Any], Tensor], left: Any, right: Any, like: Tensor) -> Tensor:
+    """``product(left, right)`` in the memory order of ``like``, which autograd would copy it to."""
+    return product(right, left).mT if is_transposed(like) else product(left, right)
+
+
 def contract(
     left: Sequence[Tensor], right: Sequence[Tensor], ends: Tensor,
     dtype: torch.dtype, gemm: Gemm, like: Tensor,
 ) -> Tensor:  # fmt: skip
-    """``left . right`` per segment, in the memory order of ``like`` (which autograd would copy to)."""
-    (a, a_scale), (b, b_scale) = left, right
-    if is_transposed(like):
-        return gemm_contraction(b, b_scale, a, a_scale, ends, dtype, gemm.promote).mT
-    return gemm_contraction(a, a_scale, b, b_scale, ends, dtype, gemm.promote)
+    """``left . right`` per segment, in the memory order of ``like``."""
+
+    def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        return gemm_contraction(a[0], a[1], b[0], b[1], ends, dtype, gemm.promote)
+
+    return in_memory_order(product, left, right, like)

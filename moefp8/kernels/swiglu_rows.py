@@ -3,8 +3,7 @@
 The fused twin of ``swiglu`` (``ffn.py``) followed by ``quantize_rows``: the same scales, codes and column
 maxima, bit for bit. Hidden itself is never written. Bytes an element of bf16 inputs: 4 read, 1 written,
 1/8 for column maxima; apart they are 4 + 2 + 2 + 1. Lane operations an element, about 45, half of them
-for the sigmoid; the budget at copy speed on an H100 is about 48. So idle lanes cost here, and a row that
-is no power of two is taken in two pieces.
+for the sigmoid; the budget at copy speed on an H100 is about 48.
 """
 
 import torch
@@ -45,36 +44,24 @@ def _swiglu_rows_kernel(
     OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: a band of rows of one group, ROWS at a time, in columns [0, FIRST) and REST more.
+    # One program: a band of rows of one group, ROWS at a time.
     band = tl.program_id(0)
     group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if group < num_groups:
-        column = tl.arange(0, FIRST)
+        column = tl.arange(0, COLUMNS)
         inside = column < columns
         # Codes leave in the layout that values came in, see quantize_rows.py.
-        code_column = tl.max_contiguous(tl.arange(0, FIRST), 8)
-        largest = tl.zeros((FIRST,), tl.int32)
-        if REST:
-            rest_column = FIRST + tl.arange(0, REST)
-            rest_inside = rest_column < columns
-            rest_code_column = tl.max_contiguous(FIRST + tl.arange(0, REST), 8)
-            rest_largest = tl.zeros((REST,), tl.int32)
+        code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
+        largest = tl.zeros((COLUMNS,), tl.int32)
         top = tl.full((), 0, tl.int32)
         for first in range(0, BAND, ROWS):
             row = start + first + tl.arange(0, ROWS)
             at = row.to(tl.int64)[:, None] * columns
-            real = (row < end)[:, None]
-            here = real & inside[None, :]
+            here = (row < end)[:, None] & inside[None, :]
             h, bits = _hidden(gate, up, sigmoid, at + column[None, :], here, False, HARDWARE)
             amax = tl.max(bits, 1)
-            if REST:
-                rest_here = real & rest_inside[None, :]
-                rest_h, rest_bits = _hidden(
-                    gate, up, sigmoid, at + rest_column[None, :], rest_here, False, HARDWARE
-                )
-                amax = tl.maximum(amax, tl.max(rest_bits, 1))
             top = tl.maximum(top, tl.max(amax, 0))
             factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
             code = encode(h * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
@@ -82,17 +69,9 @@ def _swiglu_rows_kernel(
             tl.store(scale + row, factor, mask=row < end)
             if COLUMN_AMAX:
                 largest = tl.maximum(largest, tl.max(bits, 0))
-            if REST:
-                code = encode(rest_h * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-                tl.store(data + at + rest_code_column[None, :], code, mask=rest_here)
-                if COLUMN_AMAX:
-                    rest_largest = tl.maximum(rest_largest, tl.max(rest_bits, 0))
         tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
         if COLUMN_AMAX:
-            at = band_amax + band.to(tl.int64) * columns
-            tl.store(at + column, largest, mask=inside)
-            if REST:
-                tl.store(at + rest_column, rest_largest, mask=rest_inside)
+            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=inside)
 
 
 @triton.jit
@@ -162,15 +141,16 @@ def _swiglu_rows(
     common = dict(
         OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=shape.band, num_warps=shape.warps, enable_fp_fusion=False,
+        SEGMENT=SEGMENT, BAND=shape.band, COLUMNS=shape.padded,
+        num_warps=shape.warps, enable_fp_fusion=False,
     )  # fmt: skip
     arguments = (
         gate, up, sigmoid_for(gate), data.view(torch.uint8), scale, band_amax, band_poisoned, segments,
         ends.shape[0], gate.shape[1],
     )  # fmt: skip
     grid = (band_poisoned.shape[0],)
-    _swiglu_rows_kernel[grid](*arguments, ROWS=shape.rows, FIRST=shape.first, REST=shape.rest, **common)
-    _repair_kernel[grid](*arguments, COLUMNS=shape.padded, **common)
+    _swiglu_rows_kernel[grid](*arguments, ROWS=shape.rows, **common)
+    _repair_kernel[grid](*arguments, **common)
     if column_amax:
         amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, shape.band)
     return data, scale, amax, poisoned
