@@ -1,7 +1,8 @@
 """The subcommands: what each measures, in which order, and what it shows."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -33,6 +34,20 @@ def _ours(session: Session) -> list[Candidate]:
     return ours(recipes, args.implementation)
 
 
+def _each(
+    session: Session, problems: Sequence[Any], measure: Callable[[Any, Callable[[], None]], Iterable[Any]]
+) -> Callable[[Bar], None]:
+    """``measure(problem, advance)`` for one problem after the other, its rows added to the session's."""
+
+    def run(bar: Bar) -> None:
+        for i, problem in enumerate(problems):
+            bar.at(i / len(problems), getattr(problem, "name", str(problem)))
+            session.rows.extend(measure(problem, bar.advance))
+            gmm.release(session.device)
+
+    return run
+
+
 def grouped_mm(
     args: argparse.Namespace, problems: Sequence[Problem], device: torch.device, command: str
 ) -> None:
@@ -45,22 +60,17 @@ def grouped_mm(
     layouts = 1 if args.unequal is None else 2
     rows: list[gmm.Row] = session.rows
 
-    def measure(bar: Bar) -> None:
-        for i, problem in enumerate(problems):
-            bar.at(i / len(problems), str(problem))
-            rows.extend(
-                gmm.measure_shape(
-                    problem,
-                    candidates,
-                    session.timer,
-                    ceilings,
-                    unequal=args.unequal,
-                    backward=not args.forward,
-                    repeats=args.repeats,
-                    advance=bar.advance,
-                )
-            )
-            gmm.release(device)
+    def measure(problem: Problem, advance: Callable[[], None]) -> Iterable[gmm.Row]:
+        return gmm.measure_shape(
+            problem,
+            candidates,
+            session.timer,
+            ceilings,
+            unequal=args.unequal,
+            backward=not args.forward,
+            repeats=args.repeats,
+            advance=advance,
+        )
 
     def show() -> None:
         session.console.print("Forward alone:" if args.forward else "Forward and both gradients:")
@@ -73,7 +83,9 @@ def grouped_mm(
                 session.written(plots.speedups(args.png, rows))
             session.written(plots.roofline(session.beside("roofline"), rows, ceilings))
 
-    session.run(len(problems) * layouts * len(candidates) * args.repeats, measure, show)
+    session.run(
+        len(problems) * layouts * len(candidates) * args.repeats, _each(session, problems, measure), show
+    )
 
 
 def products(
@@ -85,20 +97,10 @@ def products(
     rows: list[gemm.Row] = session.rows
     calls = len(gemm.PRODUCTS) * sum(len(source.names) for source in sources) * args.repeats
 
-    def measure(bar: Bar) -> None:
-        for i, problem in enumerate(problems):
-            bar.at(i / len(problems), str(problem))
-            rows.extend(
-                gemm.measure_gemm(
-                    problem,
-                    sources,
-                    session.timer,
-                    unequal=args.unequal,
-                    repeats=args.repeats,
-                    advance=bar.advance,
-                )
-            )
-            gmm.release(device)
+    def measure(problem: Problem, advance: Callable[[], None]) -> Iterable[gemm.Row]:
+        return gemm.measure_gemm(
+            problem, sources, session.timer, unequal=args.unequal, repeats=args.repeats, advance=advance
+        )
 
     def show() -> None:
         report.show_measured(session.console, rows)
@@ -108,7 +110,8 @@ def products(
 
             session.written(plots.products(args.png, rows))
 
-    session.run(len(problems) * calls, measure, show)
+    total = len(problems) * calls
+    session.run(total, _each(session, problems, measure), show)
 
 
 def quantize(
@@ -119,20 +122,10 @@ def quantize(
     quantisers = session.kept([*quant.OURS, *quant.PEERS])
     rows: list[quant.Row] = session.rows
 
-    def measure(bar: Bar) -> None:
-        for i, problem in enumerate(problems):
-            bar.at(i / len(problems), str(problem))
-            rows.extend(
-                quant.measure_quantisers(
-                    problem,
-                    quantisers,
-                    session.timer,
-                    unequal=args.unequal,
-                    repeats=args.repeats,
-                    advance=bar.advance,
-                )
-            )
-            gmm.release(device)
+    def measure(problem: Problem, advance: Callable[[], None]) -> Iterable[quant.Row]:
+        return quant.measure_quantisers(
+            problem, quantisers, session.timer, unequal=args.unequal, repeats=args.repeats, advance=advance
+        )
 
     def show() -> None:
         report.show_measured(session.console, rows)
@@ -141,7 +134,9 @@ def quantize(
 
             session.written(plots.quantisers(args.png, rows))
 
-    session.run(len(problems) * (len(quantisers) + 1) * args.repeats, measure, show)
+    session.run(
+        len(problems) * (len(quantisers) + 1) * args.repeats, _each(session, problems, measure), show
+    )
 
 
 def accumulation(args: argparse.Namespace, device: torch.device, command: str) -> None:
@@ -220,15 +215,10 @@ def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
     candidates = session.kept([*moe_layer.baselines(), *own])
     rows: list[moe_layer.Row] = session.rows
 
-    def measure(bar: Bar) -> None:
-        for i, problem in enumerate(problems):
-            bar.at(i / len(problems), problem.name)
-            rows.extend(
-                moe_layer.measure_layer(
-                    problem, candidates, session.timer, args.repeats, bar.advance, session.console.print
-                )
-            )
-            gmm.release(device)
+    def measure(problem: Any, advance: Callable[[], None]) -> Iterable[moe_layer.Row]:
+        return moe_layer.measure_layer(
+            problem, candidates, session.timer, args.repeats, advance, session.console.print
+        )
 
     def show() -> None:
         report.show_measured(session.console, rows)
@@ -240,4 +230,8 @@ def layer(args: argparse.Namespace, device: torch.device, command: str) -> None:
 
             session.written(plots.layers(args.png, rows), plots.where(session.beside("where"), rows))
 
-    session.run(len(problems) * len(moe_layer.LAYOUTS) * len(candidates) * args.repeats, measure, show)
+    session.run(
+        len(problems) * len(moe_layer.LAYOUTS) * len(candidates) * args.repeats,
+        _each(session, problems, measure),
+        show,
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moefp8.bench.ceilings import fp8_mm, no_fp8
-from moefp8.bench.kernels import expert_ends, no_kernels
+from moefp8.bench.kernels import no_kernels
 from moefp8.bench.peers import FAST, PRECISE, no_sm90, to_fp8
 from moefp8.bench.problem import NEVER, Operands, Problem, common_multiple, draw, unequal_offs
 from moefp8.bench.refusals import explain, may_raise
@@ -100,30 +100,25 @@ def _grouped_steps(x: Operands, fast: bool) -> dict[str, Step]:
 
 def _our_steps(x: Operands, promotes: Sequence[int]) -> dict[str, dict[str, Step]]:
     """Ours for each promotion interval, by name; the operands are quantised once for all of them."""
-    from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
+    from moefp8.kernels.gemm import gemm_contraction, gemm_rows, tile_rows
     from moefp8.kernels.plan import plan
-    from moefp8.kernels.quantize_columns import quantize_columns
-    from moefp8.kernels.quantize_rows import quantize_rows
+    from moefp8.kernels.sm90_operands import both_ways, weights_both_ways
     from moefp8.recipe import Gemm
 
     a, b, offs, g = (t.detach() for t in x)
     layout, gemm = plan(offs, a.shape[0], tile_rows(a.device)), Gemm()
-    weight = b.mT.contiguous()  # (G, N, K), as it is stored
-    flat = weight.flatten(0, 1)
-    weight_layout = plan(expert_ends(weight), flat.shape[0], tile_rows(a.device))
-    w_rows = quantize_rows(flat, weight_layout, gemm, column_amax=True)
-    along_k = Weights(w_rows.data, w_rows.scale.view(weight.shape[:2]))
-    along_n = Weights(*quantize_columns(flat, weight_layout, w_rows, gemm))
-    a_rows = quantize_rows(a, layout, gemm, column_amax=True)
-    g_rows = quantize_rows(g, layout, gemm, column_amax=True)
-    a_columns = quantize_columns(a, layout, a_rows, gemm)
-    g_columns = quantize_columns(g, layout, g_rows, gemm)
+    along_k, along_n = weights_both_ways(b, gemm, gemm)
+    a_rows, a_columns = both_ways(a, layout, gemm, gemm)
+    g_rows, g_columns = both_ways(g, layout, gemm, gemm)
 
-    def rows(left: Any, right: Weights, promote: int) -> Step:
+    def rows(left: Any, right: Any, promote: int) -> Step:
         return lambda: gemm_rows(left.data, left.scale, right, layout.tiles, None, torch.bfloat16, promote)
 
     def contraction(promote: int) -> Step:
-        return lambda: gemm_contraction(*g_columns, *a_columns, layout.ends, torch.bfloat16, promote)
+        (left, left_scale), (right, right_scale) = g_columns, a_columns
+        return lambda: gemm_contraction(
+            left, left_scale, right, right_scale, layout.ends, torch.bfloat16, promote
+        )
 
     return {
         ours_name(promote): {

@@ -1,9 +1,8 @@
-"""The kernels of this library one by one: where they run, and how they quantise what they multiply."""
+"""Where the kernels of this library run."""
 
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 
 def no_kernels(device: torch.device) -> str | None:
@@ -20,9 +19,3 @@ def no_kernels(device: torch.device) -> str | None:
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
     return f"needs a Hopper GPU, not {device.type} (TRITON_INTERPRET=1 runs the kernels on a CPU)"
-
-
-def expert_ends(weight: Tensor) -> Tensor:
-    """Group ends of a stack of weights (G, N, K), taken as G groups of N rows."""
-    ends = torch.arange(1, weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
-    return ends * weight.shape[1]

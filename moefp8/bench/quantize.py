@@ -17,7 +17,7 @@ from torch import Tensor
 from moefp8 import quantize_mx, quantize_mx_jagged
 from moefp8.bench.apart import call_apart
 from moefp8.bench.ceilings import copy_step
-from moefp8.bench.kernels import expert_ends, no_kernels
+from moefp8.bench.kernels import no_kernels
 from moefp8.bench.peers import import_or_error, no_torchao
 from moefp8.bench.problem import Problem, equal_offs, unequal_offs
 from moefp8.bench.refusals import explain, may_raise
@@ -93,13 +93,15 @@ def _both(source: str, gemm: Gemm, x: Inputs) -> Step:
     """Both copies, the columns from a second reading."""
     from moefp8.kernels.gemm import tile_rows
     from moefp8.kernels.plan import plan
-    from moefp8.kernels.sm90_operands import both_ways
+    from moefp8.kernels.sm90_operands import as_stored, both_ways
 
     tensor = getattr(x, source)
-    offs = expert_ends(tensor) if source == "weight" else x.offs
-    flat = tensor.flatten(0, -2)
-    layout = plan(offs, flat.shape[0], tile_rows(flat.device))
-    return lambda: both_ways(flat, layout, gemm, gemm)
+    if source == "weight":
+        stored, layout = as_stored(tensor.mT)
+        tensor = stored.flatten(0, 1)
+    else:
+        layout = plan(x.offs, tensor.shape[0], tile_rows(tensor.device))
+    return lambda: both_ways(tensor, layout, gemm, gemm)
 
 
 def _kernels_of(gemm: Gemm, label: str) -> list[Quantiser]:
