@@ -105,14 +105,14 @@ def test_layers_on_a_cpu_run_in_high_precision(dtype):
 def test_layers_run_under_what_was_chosen(recipe, monkeypatch):
     asked = []
 
-    def choose(*sizes, **options):
-        asked.append((*sizes, *options.values()))
-        return auto.Choice(recipe, "because")
+    def choose(*arguments):
+        asked.append(arguments)
+        return recipe
 
-    monkeypatch.setattr(auto, "choose_recipe", choose)
+    monkeypatch.setattr(auto, "_faster", choose)
     for got, want in zip(layers("auto"), layers(recipe), strict=True):
         assert torch.equal(got, want)
-    config, rest = VARIANTS["deepseek-v3"].config, (False, torch.bfloat16, torch.device("cpu"))
+    config, rest = VARIANTS["deepseek-v3"].config, (False, torch.bfloat16, None)
     sizes = config.dim, config.hidden, config.num_experts
     assert asked == [(15 * config.top_k, *sizes, *rest), (15, *sizes, *rest)]
 
@@ -141,6 +141,24 @@ def test_compile(fresh_compiler):
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(params, x).values(), gradient(params, x).values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [256, 131072])
+def test_sizes_may_be_symbols(rows, fresh_compiler, monkeypatch):
+    """Of a compiler, which cannot put them into words."""
+    monkeypatch.setattr(auto, "_card_name", lambda device: "card")
+    monkeypatch.setitem(auto.CARDS, "card", CARD)
+
+    def scaled(x):
+        recipe = auto._faster(x.shape[0], 5120, 8192, 8, False, torch.bfloat16, CARD)
+        return x * (2 if recipe == MXFP8 else 3)
+
+    x = torch.ones(rows, 1)
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(x), scaled(x))
+    want = MXFP8 if rows > 256 else BF16
+    assert choose_recipe(rows, 5120, 8192, 8).recipe == want
+    assert torch.equal(scaled(x), x * (2 if want == MXFP8 else 3))
 
 
 @pytest.mark.gpu

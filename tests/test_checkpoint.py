@@ -30,7 +30,10 @@ def test_checkpoint_keeps_no_residuals(form):
         out = checkpoint(block, *leaves, use_reentrant=False, preserve_rng_state=False)
     assert out.requires_grad
     own = {x.untyped_storage().data_ptr() for x in leaves}
+    # torch 2.11 saves an empty placeholder as well.
     foreign = [
-        x for x in saved if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in own
+        x
+        for x in saved
+        if isinstance(x, torch.Tensor) and x.numel() and x.untyped_storage().data_ptr() not in own
     ]
     assert [(x.shape, x.dtype, x.device) for x in foreign] == []

@@ -101,7 +101,8 @@ def _quantize_blocks_kernel(
             )
             code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
             position = block * ROWS + tl.arange(0, ROWS)
-            pitch = num_segments.to(tl.int64) * ROWS
+            # A single segment comes in as a constant, which has no method to widen it.
+            pitch = tl.cast(num_segments, tl.int64) * ROWS
             tl.store(
                 column_data + column[:, None] * pitch + position[None, :],
                 tl.trans(code), mask=(column < columns)[:, None],
