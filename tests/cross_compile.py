@@ -190,6 +190,7 @@ def launch_everything(capability):
         products(sm90.IMPLEMENTATION, MXFP8._replace(fwd=unpromoted, wgrad=wide))
         products(sm90.IMPLEMENTATION, MXFP8_EXACT)
         quantize_blocks(rows, layout, MXFP8.fwd, MXFP8.fwd)
+        feed_forward(sm90.IMPLEMENTATION, MXFP8)
         gemm.HOPPER_UNAVAILABLE = "for this test"  # from here on the portable kernel
     else:
         products(sm100.IMPLEMENTATION, MXFP8, bias=True)

@@ -224,7 +224,11 @@ def test_products(layout, gemm_format, out_dtype, device):
     same_bits(again, out)
     da = gemm.gemm_rows(g_rows.data, g_rows.scale, along_n, where.tiles, None, out_dtype, 128)
     check(da, gemm.reference_rows(g_rows.data, g_rows.scale, along_n, offs, None), n)
-    dw = gemm.gemm_contraction(*g_cols, *a_cols, where.ends, out_dtype, 128)
+    tripled = g_rows.data, 3 * g_rows.scale, along_n
+    other = gemm.gemm_rows(*tripled, where.tiles, None, out_dtype, 128)
+    both = gemm.gemm_rows_sum(tripled, (*g_rows[:2], along_n), where.tiles, out_dtype, 128)
+    same_bits(both, other + da)
+    dw = gemm.gemm_contraction(*g_cols, *a_cols, where, out_dtype, 128)
     check(dw, gemm.reference_contraction(*g_cols, *a_cols, where.ends), max(rows, 1))
 
 

@@ -117,7 +117,7 @@ def _our_steps(x: Operands, promotes: Sequence[int]) -> dict[str, dict[str, Step
     def contraction(promote: int) -> Step:
         (left, left_scale), (right, right_scale) = g_columns, a_columns
         return lambda: gemm_contraction(
-            left, left_scale, right, right_scale, layout.ends, torch.bfloat16, promote
+            left, left_scale, right, right_scale, layout, torch.bfloat16, promote
         )
 
     return {
@@ -153,7 +153,7 @@ def _our_cast_steps(x: Operands, promotes: Sequence[int]) -> dict[str, dict[str,
         return {
             "fwd": lambda: gemm_rows(a_rows, ones(m), along_k, layout.tiles, None, out, promote),
             "dgrad": lambda: gemm_rows(g_rows, ones(m), along_n, layout.tiles, None, out, promote),
-            "wgrad": lambda: gemm_contraction(*columns, layout.ends, out, promote),
+            "wgrad": lambda: gemm_contraction(*columns, layout, out, promote),
         }
 
     return {ours_name(promote): steps(promote) for promote in promotes}

@@ -45,7 +45,7 @@ def locate(
     """Group and place of output tile ``t``, and where its operands start.
 
     Tiles run down a band of row tiles before they go one across, so that what runs at the same time
-    shares operands in L2.
+    shares operands in L2. In the contraction form ``tiles`` lists the groups in the order of their turns.
 
     Returns:
         group, column; first row of A and of B; first element along the contraction of A and of B;
@@ -59,7 +59,7 @@ def locate(
     column = t % width // height * COLUMNS
     if CONTRACTION:
         per_group = tl.cdiv(rows, ROWS)
-        group = row_tile // per_group
+        group = tl.load(tiles + row_tile // per_group)
         a_row = row_tile % per_group * ROWS
         b_row = column
         start = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0)))

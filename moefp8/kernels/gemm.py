@@ -17,7 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefp8._leaf import by_loop, leaf
 from moefp8.groups import group_ids
+from moefp8.kernels._swiglu import rounded
 from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
+from moefp8.kernels.plan import Plan
 
 try:
     from moefp8.kernels import gemm_hopper
@@ -50,7 +52,8 @@ class Weights(NamedTuple):
 def _portable_kernel(
     a_desc, b_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
     row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr,
+    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     shape = (row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length)
@@ -85,7 +88,11 @@ def _portable_kernel(
                 ]
             at = row.to(tl.int64)[:, None] * columns + n[None, :]
             keep = (row < c_end)[:, None] & (n < columns)[None, :]
-            tl.store(c + at, acc.to(c.dtype.element_ty), mask=keep)
+            out = acc.to(c.dtype.element_ty)
+            if ADD:  # two roundings, as if the product had been written and then added
+                both = out.to(tl.float32) + tl.load(c + at, mask=keep, other=0).to(tl.float32)
+                out = rounded(both, c.dtype.element_ty, HARDWARE).to(c.dtype.element_ty)
+            tl.store(c + at, out, mask=keep)
 
 
 def uses_hopper(device: torch.device) -> bool:
@@ -101,17 +108,20 @@ def tile_rows(device: torch.device) -> int:
 
 def _launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,
-    tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int,
+    tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int, add: bool,
 ) -> None:  # fmt: skip
-    """Fill ``out`` with the product that ``shape`` describes, on the kernel for its device."""
+    """Fill ``out`` with the product that ``shape`` describes, or add it, on the kernel for its device."""
     if uses_hopper(out.device):
-        gemm_hopper.launch(a, a_scale, b, b_scale, bias, out, tiles, ends, shape, contraction, promote)
+        gemm_hopper.launch(
+            a, a_scale, b, b_scale, bias, out, tiles, ends, shape, contraction, promote, add
+        )  # fmt: skip
         return
     grid = min(shape.row_tiles * shape.column_tiles, multiprocessors(out.device))
     _portable_kernel[(grid,)](
         TensorDescriptor.from_tensor(a, [_ROWS, _STEP]), TensorDescriptor.from_tensor(b, [_COLUMNS, _STEP]),
         out, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
-        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None,
+        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None, ADD=add,
+        HARDWARE=out.device.type == "cuda",
         ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, BAND=_BAND, num_warps=8, num_stages=3,
     )  # fmt: skip
 
@@ -133,16 +143,22 @@ def _gemm_rows(
 ) -> Tensor:  # fmt: skip
     bias = None if bias is None else bias.contiguous()
     out = _fake_rows(a, a_scale, b, b_scale, tiles, bias, out_dtype, promote)
-    num_groups, columns = b_scale.shape
+    _multiply_rows(a, a_scale, Weights(b, b_scale), tiles, bias, out, promote, add=False)
+    return out
+
+
+def _multiply_rows(
+    a: Tensor, a_scale: Tensor, b: Weights, tiles: Tensor, bias: Tensor | None, out: Tensor,
+    promote: int, *, add: bool,
+) -> None:  # fmt: skip
     if out.numel() == 0:
-        return out
-    stacked = Weights(b, b_scale).stacked
+        return
+    num_groups, columns = b.scale.shape
     shape = Shape(
         tiles.shape[0], triton.cdiv(columns, _COLUMNS), num_groups, a.shape[0], columns, a.shape[1],
-        columns if stacked else 0, 0 if stacked else triton.cdiv(a.shape[1], _STEP) * _STEP,
+        columns if b.stacked else 0, 0 if b.stacked else triton.cdiv(a.shape[1], _STEP) * _STEP,
     )  # fmt: skip
-    _launch(a, a_scale, b, b_scale, bias, out, tiles, tiles, shape, False, promote)
-    return out
+    _launch(a, a_scale, b.data, b.scale, bias, out, tiles, tiles, shape, False, promote, add)
 
 
 def gemm_rows(
@@ -164,6 +180,41 @@ def gemm_rows(
     return _gemm_rows(a, a_scale, b.data, b.scale, tiles, bias, out_dtype, promote)
 
 
+def _fake_sum(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
+    c: Tensor, c_scale: Tensor, d: Tensor, d_scale: Tensor,
+    tiles: Tensor, out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    return _fake_rows(a, a_scale, b, b_scale, tiles, None, out_dtype, promote)
+
+
+@leaf("gemm_rows_sum", fake=_fake_sum, vmap=by_loop)
+def _gemm_rows_sum(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
+    c: Tensor, c_scale: Tensor, d: Tensor, d_scale: Tensor,
+    tiles: Tensor, out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    out = _fake_rows(a, a_scale, b, b_scale, tiles, None, out_dtype, promote)
+    _multiply_rows(a, a_scale, Weights(b, b_scale), tiles, None, out, promote, add=False)
+    _multiply_rows(c, c_scale, Weights(d, d_scale), tiles, None, out, promote, add=True)
+    return out
+
+
+def gemm_rows_sum(
+    first: tuple[Tensor, Tensor, Weights], second: tuple[Tensor, Tensor, Weights], tiles: Tensor,
+    out_dtype: torch.dtype, promote: int,
+) -> Tensor:  # fmt: skip
+    """The sum of two products :func:`gemm_rows`, each ``(a, a_scale, b)``, with the bits of just that.
+
+    Both are rounded to ``out_dtype``, and then their sum is. But there is no second product in memory:
+    it is added tile by tile where the first one lies.
+    """
+    (a, a_scale, b), (c, c_scale, d) = first, second
+    return _gemm_rows_sum(
+        a, a_scale, b.data, b.scale, c, c_scale, d.data, d.scale, tiles, out_dtype, promote
+    )  # fmt: skip
+
+
 # --- contraction ---------------------------------------------------------------------------------
 
 
@@ -173,6 +224,7 @@ def _fake_contraction(
     b: Tensor,
     b_scale: Tensor,
     ends: Tensor,
+    order: Tensor,
     out_dtype: torch.dtype,
     promote: int,
 ) -> Tensor:
@@ -186,21 +238,22 @@ def _gemm_contraction(
     b: Tensor,
     b_scale: Tensor,
     ends: Tensor,
+    order: Tensor,
     out_dtype: torch.dtype,
     promote: int,
 ) -> Tensor:
-    out = _fake_contraction(a, a_scale, b, b_scale, ends, out_dtype, promote)
+    out = _fake_contraction(a, a_scale, b, b_scale, ends, order, out_dtype, promote)
     num_groups, rows, columns = out.shape
     if a.shape[1] == 0:
         return out.zero_()
     row_tiles = num_groups * triton.cdiv(rows, tile_rows(a.device))
     shape = Shape(row_tiles, triton.cdiv(columns, _COLUMNS), num_groups, rows, columns, 0, 0, 0)
-    _launch(a, a_scale, b, b_scale, None, out, ends, ends, shape, True, promote)
+    _launch(a, a_scale, b, b_scale, None, out, order, ends, shape, True, promote, False)
     return out
 
 
 def gemm_contraction(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor,
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, plan: Plan,
     out_dtype: torch.dtype, promote: int,
 ) -> Tensor:  # fmt: skip
     """``out[g] = a_scale[g] * b_scale[g] * (a[:, t] . b[:, t])`` over segment g; zero for an empty one.
@@ -208,12 +261,12 @@ def gemm_contraction(
     Args:
         a, b: ``(R, P)`` and ``(C, P)`` float8, P the segments of a plan.
         a_scale, b_scale: ``(G, R)`` and ``(G, C)`` float32.
-        ends: ``(G,)`` ends of the segments.
+        plan: the segments' ends, and the order of their turns.
 
     Returns:
         ``(G, R, C)``, every element written.
     """
-    return _gemm_contraction(a, a_scale, b, b_scale, ends, out_dtype, promote)
+    return _gemm_contraction(a, a_scale, b, b_scale, plan.ends, plan.order, out_dtype, promote)
 
 
 # --- twins ---------------------------------------------------------------------------------------

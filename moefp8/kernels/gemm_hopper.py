@@ -92,9 +92,9 @@ def _multiply(rings, slot, PIECE: gl.constexpr, acc, WARPGROUP: gl.constexpr, FR
 @gluon.jit
 def _finish(
     acc, column, group, steps, c_row, c_end, shape, result, layout: gl.constexpr,
-    BIAS: gl.constexpr, TMA_STORE: gl.constexpr, WARPGROUP: gl.constexpr,
+    BIAS: gl.constexpr, ADD: gl.constexpr, TMA_STORE: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    """Scale a piece, add the bias and store it."""
+    """Scale a piece, add the bias and what is there already, and store it."""
     c_desc, c_tiles, c, a_scale, b_scale, bias, bias_stride = result
     num_groups, columns = shape[2], shape[4]
     across: gl.constexpr = gl.SliceLayout(0, layout)
@@ -113,6 +113,12 @@ def _finish(
     if BIAS:
         acc = acc + gl.expand_dims(gl.convert_layout(added, across), 0)
     out = acc.to(c.dtype.element_ty)
+    if ADD:  # two roundings, as if the product had been written and then added
+        n = column + gl.arange(0, COLUMNS, across)
+        at = gl.expand_dims(row.to(gl.int64) * columns, 1) + gl.expand_dims(n, 0)
+        keep = gl.expand_dims(row < c_end, 1) & gl.expand_dims(n < columns, 0)
+        there = gl.load(c + at, mask=keep, other=0.0)
+        out = (out.to(gl.float32) + there.to(gl.float32)).to(c.dtype.element_ty)
     if TMA_STORE:
         if c_row + ROWS <= c_end:
             tile = c_tiles.index(WARPGROUP)
@@ -129,7 +135,7 @@ def _finish(
 @gluon.jit
 def _consume(
     shape, lists, rings, result, CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr,
-    TMA_STORE: gl.constexpr, WIDTH: gl.constexpr, WARPGROUP: gl.constexpr,
+    ADD: gl.constexpr, TMA_STORE: gl.constexpr, WIDTH: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     tiles, ends = lists
     full, empty = rings[2], rings[3]
@@ -187,12 +193,13 @@ def _consume(
 
         if c_row < c_end:
             _finish(
-                left, column, group, steps, c_row, c_end, shape, result, layout, BIAS, TMA_STORE, WARPGROUP
-            )
+                left, column, group, steps, c_row, c_end, shape, result, layout,
+                BIAS, ADD, TMA_STORE, WARPGROUP,
+            )  # fmt: skip
             if WIDTH > COLUMNS:
                 _finish(
                     right, column + COLUMNS, group, steps, c_row, c_end, shape, result, layout,
-                    BIAS, TMA_STORE, WARPGROUP,
+                    BIAS, ADD, TMA_STORE, WARPGROUP,
                 )  # fmt: skip
     if TMA_STORE:
         tma.store_wait(0)
@@ -202,8 +209,8 @@ def _consume(
 def _gemm_kernel(
     a_desc, b_desc, c_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
     row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
-    WIDTH: gl.constexpr,
+    CONTRACTION: gl.constexpr, PROMOTE: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr,
+    TMA_STORE: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, ROWS, STEP], a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, WIDTH, STEP], b_desc.layout)
@@ -221,8 +228,8 @@ def _gemm_kernel(
     result = (c_desc, c_tiles, c, a_scale, b_scale, bias, bias_stride)
     gl.warp_specialize(
         [
-            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, WIDTH, 0)),
-            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, TMA_STORE, WIDTH, 1)),
+            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, ADD, TMA_STORE, WIDTH, 0)),
+            (_consume, (shape, lists, rings, result, CONTRACTION, PROMOTE, BIAS, ADD, TMA_STORE, WIDTH, 1)),
             (_produce, (shape, lists, rings, a_desc, b_desc, CONTRACTION, WIDTH)),
         ],
         [4, 1],
@@ -238,9 +245,9 @@ def _promotion(promote: int, length: int) -> int:
 
 def launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor,
-    tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int,
+    tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int, add: bool,
 ) -> None:  # fmt: skip
-    """Fill ``out``; the arguments are those of ``gemm._launch``."""
+    """Fill ``out``, or add to it; the arguments are those of ``gemm._launch``."""
     element, store = gl.NVMMASharedLayout(128, 8), gl.NVMMASharedLayout(128, 8 * min(out.itemsize, 4))
     flat = out.view(-1, shape.columns)
     # A float32 output tile does not fit beside the ring: it is stored from registers.
@@ -255,5 +262,5 @@ def launch(
         TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS], store),
         flat, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
         CONTRACTION=contraction, PROMOTE=steps, BIAS=bias is not None,
-        TMA_STORE=tma_store, WIDTH=width, num_warps=4, maxnreg=168,
+        ADD=add, TMA_STORE=tma_store, WIDTH=width, num_warps=4, maxnreg=168,
     )  # fmt: skip

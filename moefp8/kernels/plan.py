@@ -33,11 +33,14 @@ class Plan(NamedTuple):
             copy that the weight gradient reads: entry s describes its rows ``[128 s, 128 s + 128)``.
             Group G + 1 where there is nothing.
         ends: ``(G,)`` int32 ends of the segments in that copy, multiples of 128.
+        order: ``(G,)`` int32 groups, the longest segment first. Weight gradients are worked on in this
+            order, or a long one that comes last would keep a few multiprocessors busy alone.
     """
 
     tiles: Tensor
     segments: Tensor
     ends: Tensor
+    order: Tensor
 
 
 def tile_bound(rows: int, num_groups: int, tile: int) -> int:
@@ -77,39 +80,53 @@ def _list_blocks(
 
 
 @triton.jit
+def _blocks(offs, group, num_groups, SEGMENT: tl.constexpr):
+    """Segment blocks of each ``group``."""
+    end = tl.load(offs + group, mask=group < num_groups, other=0)
+    start = tl.load(offs + group - 1, mask=(group > 0) & (group < num_groups), other=0)
+    return (end - start + SEGMENT - 1) // SEGMENT
+
+
+@triton.jit
 def _plan_kernel(
-    tiles, segments, ends, offs, rows, num_groups, num_tiles, num_segments,
+    tiles, segments, ends, order, offs, rows, num_groups, num_tiles, num_segments,
     TILE: tl.constexpr, SEGMENT: tl.constexpr, GROUPS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     _list_blocks(tiles, offs, rows, num_groups, num_tiles, TILE, True, GROUPS, ENTRIES)
     _list_blocks(segments, offs, rows, num_groups, num_segments, SEGMENT, False, GROUPS, ENTRIES)
+    group = tl.arange(0, GROUPS)
+    blocks = _blocks(offs, group, num_groups, SEGMENT)
     if tl.program_id(0) == 0:
-        group = tl.arange(0, GROUPS)
-        end = tl.load(offs + group, mask=group < num_groups, other=0)
-        start = tl.load(offs + group - 1, mask=(group > 0) & (group < num_groups), other=0)
-        blocks = tl.cumsum((end - start + SEGMENT - 1) // SEGMENT, 0)
-        tl.store(ends + group, blocks * SEGMENT, mask=group < num_groups)
+        tl.store(ends + group, tl.cumsum(blocks, 0) * SEGMENT, mask=group < num_groups)
+    # Each program ranks some groups; there are more table entries, and so programs, than that takes.
+    mine = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    size = _blocks(offs, mine, num_groups, SEGMENT)[:, None]
+    longer = (blocks[None, :] > size) | ((blocks[None, :] == size) & (group[None, :] < mine[:, None]))
+    rank = tl.sum((longer & (group < num_groups)[None, :]).to(tl.int32), 1)
+    tl.store(order + rank, mine, mask=mine < num_groups)
 
 
-def _empty(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_groups = offs.shape[0]
     return (
         offs.new_empty(tile_bound(rows, num_groups, tile), 3),
         offs.new_empty(segment_bound(rows, num_groups), 3),
         offs.new_empty(num_groups),
+        offs.new_empty(num_groups),
     )
 
 
 @leaf("plan", fake=_empty, vmap=by_loop)
-def _plan(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    tiles, segments, ends = _empty(offs, rows, tile)
+def _plan(offs: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles, segments, ends, order = _empty(offs, rows, tile)
     num_groups, entries = offs.shape[0], 16
     longest = max(tiles.shape[0], segments.shape[0])
     _plan_kernel[(triton.cdiv(longest, entries),)](
-        tiles, segments, ends, offs.contiguous(), rows, num_groups, tiles.shape[0], segments.shape[0],
+        tiles, segments, ends, order, offs.contiguous(),
+        rows, num_groups, tiles.shape[0], segments.shape[0],
         TILE=tile, SEGMENT=SEGMENT, GROUPS=triton.next_power_of_2(num_groups + 1), ENTRIES=entries,
     )  # fmt: skip
-    return tiles, segments, ends
+    return tiles, segments, ends, order
 
 
 def plan(offs: Tensor, rows: int, tile: int) -> Plan:
@@ -136,4 +153,5 @@ def reference(offs: Tensor, rows: int, tile: int) -> Plan:
     with_tail = torch.cat([ends, ends.new_tensor([rows])])
     tiles, _ = blocks(with_tail, tile, tile_bound(rows, num_groups, tile))
     segments, last = blocks(ends, SEGMENT, segment_bound(rows, num_groups))
-    return Plan(tiles, segments, (last * SEGMENT).to(torch.int32))
+    order = torch.diff(last, prepend=last.new_zeros(1)).sort(descending=True, stable=True).indices
+    return Plan(tiles, segments, (last * SEGMENT).to(torch.int32), order.to(torch.int32))

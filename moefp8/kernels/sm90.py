@@ -129,7 +129,7 @@ def rows_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``a`` and ``b`` in ``dtypes``, those that are ``needed``."""
     _, dgrad, wgrad = recipe
-    layout, amax, poisoned, along_n = Plan(*kept[:3]), kept[3], kept[4], Weights(*kept[5:])
+    layout, amax, poisoned, along_n = Plan(*kept[:4]), kept[4], kept[5], Weights(*kept[6:])
     da = db = None
     along = dgrad if needed[0] and in_fp8(dgrad) else None
     across = wgrad if needed[1] and in_fp8(wgrad) else None
@@ -149,7 +149,7 @@ def rows_backward(
             by_row_a = quantize_rows(x, layout, wgrad, column_amax=True)
         if across:
             left = quantize_columns(x, layout, by_row_a, wgrad)
-            db = contract(left, columns, layout.ends, dtypes[1], wgrad, b)
+            db = contract(left, columns, layout, dtypes[1], wgrad, b)
         else:
             exact = exact_operand(x, layout, -2, wgrad)
             db = high_precision_contraction(exact.mT, exact_operand(g, layout, -2, wgrad), offs)
@@ -182,7 +182,7 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
     if in_fp8(gemm):
         copies = (both_ways(x, layout, None, gemm)[1] for x in (left, right))
         (a_data, a_scale), (b_data, b_scale) = copies
-        return gemm_contraction(a_data, a_scale, b_data, b_scale, layout.ends, out_dtype, gemm.promote)
+        return gemm_contraction(a_data, a_scale, b_data, b_scale, layout, out_dtype, gemm.promote)
     exact = exact_operand(left, layout, -2, gemm), exact_operand(right, layout, -2, gemm)
     return high_precision_contraction(exact[0].mT, exact[1], offs)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moefp8.kernels import ffn
 from moefp8.kernels.ffn import Composed, Three
-from moefp8.kernels.gemm import Weights, gemm_rows, tile_rows
+from moefp8.kernels.gemm import Weights, gemm_rows, gemm_rows_sum, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.plan import Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
@@ -121,16 +121,19 @@ def fuse(composed: Composed) -> Composed:
             return composed.backward(kept, x, source, weights, biases, offs, g, recipe, needed)
         _, dgrad, wgrad = recipe
         gate, up = kept[:2]
-        layout, x_maxima, hidden_maxima = Plan(*kept[2:5]), _maxima(kept[5:7]), _maxima(kept[7:9])
+        layout, x_maxima, hidden_maxima = Plan(*kept[2:6]), _maxima(kept[6:8]), _maxima(kept[8:10])
         x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed = needed
 
-        def product(rows: RowQuantized, i: int) -> Tensor:
-            w = _for_backward(weights[i], kept[9 + 2 * i : 11 + 2 * i], recipe)
-            return gemm_rows(rows.data, rows.scale, w, layout.tiles, None, x.dtype, dgrad.promote)
+        def factors(rows: RowQuantized, i: int) -> tuple[Tensor, Tensor, Weights]:
+            return rows.data, rows.scale, _for_backward(weights[i], kept[10 + 2 * i : 12 + 2 * i], recipe)
+
+        def input_gradient(d_gate: RowQuantized, d_up: RowQuantized) -> Tensor:
+            products = factors(d_gate, 0), factors(d_up, 2)
+            return gemm_rows_sum(*products, layout.tiles, x.dtype, dgrad.promote)
 
         def weight_gradient(i: int, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
             w = weights[i]
-            return contract(left, right, layout.ends, w.dtype, wgrad, w.mT).mT
+            return contract(left, right, layout, w.dtype, wgrad, w.mT).mT
 
         def bias_gradient(i: int, cotangent: Tensor) -> Tensor:
             return group_sum(cotangent, offs).to(biases[i].dtype)
@@ -141,13 +144,19 @@ def fuse(composed: Composed) -> Composed:
         through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
         if not (through or w2_needed):
             return dx, dw1, dw2, dw3, db1, db2, db3
-        # What is large lives as short as it can, and the gradient of x, the largest, comes last.
+        # What is large lives as short as it can. So the gradient of x comes as soon as it can be worked
+        # out, for that sets the codes of two (M, H) free, or last where it is larger than those.
+        early = x.shape[1] < weights[0].shape[1]
         by_row = quantize_rows(g, layout, dgrad, column_amax=w2_needed)
         g_maxima = _maxima((by_row.column_amax, by_row.poisoned))
         if through:
-            d_hidden = product(by_row, 1)
+            d_hidden = gemm_rows(*factors(by_row, 1), layout.tiles, None, x.dtype, dgrad.promote)
             del by_row
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
+            if x_needed and early:
+                dx = input_gradient(d_gate, d_up)
+            if early or not x_needed:  # only maxima are read from here on
+                d_gate, d_up = (_maxima((rows.column_amax, rows.poisoned)) for rows in (d_gate, d_up))
             if any_weight:
                 gate_columns, up_columns, hidden_columns = swiglu_backward_columns(
                     gate, up, d_hidden, layout, d_gate, d_up, hidden_maxima, wgrad
@@ -171,8 +180,8 @@ def fuse(composed: Composed) -> Composed:
             del x_columns
         if through and any_weight:
             del gate_columns, up_columns
-        if x_needed:
-            dx = product(d_gate, 0), product(d_up, 2)
+        if x_needed and not early:
+            dx = input_gradient(d_gate, d_up)
         return dx, dw1, dw2, dw3, db1, db2, db3
 
     return Composed(forward, backward)

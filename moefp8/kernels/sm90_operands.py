@@ -86,12 +86,12 @@ def in_memory_order(product: Callable[[Any, Any], Tensor], left: Any, right: Any
 
 
 def contract(
-    left: Sequence[Tensor], right: Sequence[Tensor], ends: Tensor,
+    left: Sequence[Tensor], right: Sequence[Tensor], layout: Plan,
     dtype: torch.dtype, gemm: Gemm, like: Tensor,
 ) -> Tensor:  # fmt: skip
     """``left . right`` per segment, in the memory order of ``like``."""
 
     def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        return gemm_contraction(a[0], a[1], b[0], b[1], ends, dtype, gemm.promote)
+        return gemm_contraction(a[0], a[1], b[0], b[1], layout, dtype, gemm.promote)
 
     return in_memory_order(product, left, right, like)
