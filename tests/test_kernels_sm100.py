@@ -181,7 +181,7 @@ def test_products(layout, how, out_dtype, sizes, device):
     assert (out[int(offs[-1]) :] == 0).all()
     da = gemm_scaled.gemm_scaled_rows(g_last, along_n, where.tiles, None, groups, k, out_dtype)
     check(da, gemm_scaled.reference_rows(g_last, along_n, offs, None, groups, k), n)
-    dw = gemm_scaled.gemm_scaled_contraction(g_rows, a_rows, where.ends, out_dtype)
+    dw = gemm_scaled.gemm_scaled_contraction(g_rows, a_rows, where, out_dtype)
     check(dw, gemm_scaled.reference_contraction(g_rows, a_rows, where.ends), max(rows, 1))
 
 

@@ -123,6 +123,7 @@ def _launch(
         CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None, ADD=add,
         HARDWARE=out.device.type == "cuda",
         ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, BAND=_BAND, num_warps=8, num_stages=3,
+        enable_fp_fusion=not add,  # a float32 product would be scaled and added in one rounding
     )  # fmt: skip
 
 

@@ -263,4 +263,5 @@ def launch(
         flat, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
         CONTRACTION=contraction, PROMOTE=steps, BIAS=bias is not None,
         ADD=add, TMA_STORE=tma_store, WIDTH=width, num_warps=4, maxnreg=168,
+        enable_fp_fusion=not add,  # a float32 product would be scaled and added in one rounding
     )  # fmt: skip

@@ -24,7 +24,7 @@ from moefp8.formats import decode_scale
 from moefp8.groups import segments as segments_of
 from moefp8.kernels import gemm
 from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
-from moefp8.kernels.plan import SEGMENT
+from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_blocks import Blocks
 from moefp8.kernels.swizzle import TILE_ROWS, from_tiles, unswizzle
 
@@ -163,36 +163,38 @@ def gemm_scaled_rows(
 
 
 def _fake_contraction(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor, out_dtype: torch.dtype
-) -> Tensor:
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor, order: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return a.new_empty(ends.shape[0], a.shape[0], b.shape[0], dtype=out_dtype)
 
 
 @leaf("gemm_scaled_contraction", fake=_fake_contraction, vmap=by_loop)
 def _gemm_scaled_contraction(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    out = _fake_contraction(a, a_scale, b, b_scale, ends, out_dtype)
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor, order: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _fake_contraction(a, a_scale, b, b_scale, ends, order, out_dtype)
     num_groups, rows, columns = out.shape
     if a.shape[1] == 0:
         return out.zero_()
     row_tiles = num_groups * triton.cdiv(rows, _ROWS)
     shape = Shape(row_tiles, triton.cdiv(columns, _COLUMNS), num_groups, rows, columns, 0, 0, 0)
-    _launch(a, a_scale, b, b_scale, None, out, ends, ends, shape, True)
+    _launch(a, a_scale, b, b_scale, None, out, order, ends, shape, True)
     return out
 
 
-def gemm_scaled_contraction(a: Blocks, b: Blocks, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
+def gemm_scaled_contraction(a: Blocks, b: Blocks, plan: Plan, out_dtype: torch.dtype) -> Tensor:
     """``out[g] = a[:, t] . b[:, t]`` over segment g; zero for an empty one.
 
     Args:
         a, b: ``(R, P)`` and ``(C, P)``, of :func:`quantize_blocks` along the rows.
-        ends: ``(G,)`` ends of the segments.
+        plan: the segments' ends, and the order of their turns.
 
     Returns:
         ``(G, R, C)``, every element written.
     """
-    return _gemm_scaled_contraction(*a, *b, ends, out_dtype)
+    return _gemm_scaled_contraction(*a, *b, plan.ends, plan.order, out_dtype)
 
 
 # --- twins ---------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def rows_backward(
     if _by_epilogue(recipe):
         return sm90.rows_backward(kept, a, b, offs, g, recipe, needed, dtypes)
     _, dgrad, wgrad = recipe
-    layout, along_n = Plan(*kept[:3]), Blocks(*kept[3:])
+    layout, along_n = Plan(*kept[:4]), Blocks(*kept[4:])
     num_groups, k, _ = b.shape
     da = db = None
     g_last, g_rows = quantize_blocks(
@@ -180,14 +180,14 @@ def rows_backward(
         da = high_precision_rows(g, b.mT, offs)
     if needed[1] and _native(wgrad):
         _, a_rows = quantize_blocks(high_precision(a), layout, None, wgrad)
-        db = _contract(a_rows, g_rows, layout.ends, dtypes[1], b)
+        db = _contract(a_rows, g_rows, layout, dtypes[1], b)
     elif needed[1]:
         db = high_precision_contraction(high_precision(a).mT, g, offs)
     return da, db
 
 
-def _contract(left: Blocks, right: Blocks, ends: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
-    return in_memory_order(lambda a, b: gemm_scaled_contraction(a, b, ends, dtype), left, right, like)
+def _contract(left: Blocks, right: Blocks, layout: Plan, dtype: torch.dtype, like: Tensor) -> Tensor:
+    return in_memory_order(lambda a, b: gemm_scaled_contraction(a, b, layout, dtype), left, right, like)
 
 
 # --- the three products --------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
     layout = plan(offs, b.shape[0], SEGMENT)
     _, left = quantize_blocks(a.mT, layout, None, gemm)
     _, right = quantize_blocks(b, layout, None, gemm)
-    return gemm_scaled_contraction(left, right, layout.ends, out_dtype)
+    return gemm_scaled_contraction(left, right, layout, out_dtype)
 
 
 _FFN = compose(rows_forward, rows_backward, group_sum)
