@@ -183,6 +183,8 @@ def launch_everything(capability):
     rows, offs = torch.empty(4096, 160, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
     layout = plan(offs, 4096, 128)
     if capability == 90:
+        for span, axis in ((64, -2), (128, -1), (160, -1), (128, -2), (256, -2)):
+            fake_quantize(rows, offs, layout, axis, MXFP8_EXACT.fwd._replace(group=span))
         products(sm90.IMPLEMENTATION, MXFP8, bias=True)
         products(sm90.IMPLEMENTATION, MXFP8, out_dtype=torch.float32)
         unpromoted = MXFP8.fwd._replace(promote=2**20)
@@ -196,7 +198,7 @@ def launch_everything(capability):
         products(sm100.IMPLEMENTATION, MXFP8, bias=True)
         products(sm100.IMPLEMENTATION, MXFP8, out_dtype=torch.float32)
         products(sm100.IMPLEMENTATION, FP8_ROWWISE)
-        fake_quantize(rows, layout, -1, MXFP8_EXACT.fwd)
+        fake_quantize(rows, offs, layout, -1, MXFP8_EXACT.fwd)
         high_precision_rows(rows, torch.empty(8, 160, 64, dtype=torch.bfloat16), offs)
     swizzle_rows(rows.to(torch.uint8), layout)
     feed_forward(sm90.IMPLEMENTATION, MXFP8)

@@ -5,7 +5,7 @@ Quantisers agree bit for bit. Products agree within the error of their accumulat
 
 import pytest
 import torch
-from specs import LAYOUTS, OPS, Backend, Case
+from specs import LAYOUTS, OPS, Backend, Case, Layout
 
 from moefp8.kernels import (
     fake_quantize,
@@ -16,7 +16,7 @@ from moefp8.kernels import (
     quantize_rows,
 )
 from moefp8.kernels import plan as plans
-from moefp8.recipe import PRESETS, Gemm
+from moefp8.recipe import PRESETS, Gemm, Recipe
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FORMATS = {
@@ -158,15 +158,40 @@ def test_strided_rows(device):
 
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize(
-    ("layout", "gemm_format"),
-    [*((x, "mx") for x in ODD_LAYOUTS), (ODD_LAYOUTS[0], "floor"), (ODD_LAYOUTS[0], "e5m2")],
+    ("layout", "gemm_format", "group"),
+    [
+        *((x, "mx", 32) for x in ODD_LAYOUTS),
+        (ODD_LAYOUTS[0], "floor", 32),
+        (ODD_LAYOUTS[0], "e5m2", 64),
+        *((x, "mx", group) for x in ODD_LAYOUTS for group in (64, 96)),
+        (Layout("long", (1, 300, 0, 131), 5), "mx", 128),
+        (Layout("long", (1, 300, 0, 131), 5), "mx", 160),
+        (Layout("long", (1, 300, 0, 131), 5), "mx", 256),
+        (Layout("long", (1, 300, 0, 131), 5), "mx", 2**30),
+    ],
+    ids=str,
 )
-def test_fake_quantize(layout, gemm_format, axis, device):
-    gemm, offs = FORMATS[gemm_format], layout.offs(device)
-    x = draw((layout.rows, 80), device, poison=3)
-    got = fake_quantize.fake_quantize(x, plans.plan(offs, layout.rows, 192), axis, gemm)
+def test_fake_quantize(layout, gemm_format, group, axis, device):
+    gemm, offs = FORMATS[gemm_format]._replace(group=group), layout.offs(device)
+    columns = 80 if group < 128 else 304
+    x = draw((layout.rows, columns), device, poison=3)
+    got = fake_quantize.fake_quantize(x, offs, plans.plan(offs, layout.rows, 192), axis, gemm)
+    # Segments of the twin are as long as spans; the whole axis stands for a span that is longer.
+    twin = gemm._replace(group=min(group, 512))
     used = int(offs[-1])
-    same_bits(got[:used], fake_quantize.reference(x, offs, axis, gemm)[:used])
+    same_bits(got[:used], fake_quantize.reference(x, offs, axis, twin)[:used])
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 10)])
+def test_what_mx_represents_bfloat16_does(dtype, least):
+    """Every code under every scale from byte ``least`` on, but NaN and what float32 has no room for."""
+    codes = torch.arange(256).to(torch.uint8).view(dtype).float()
+    codes = codes[codes.isfinite()]
+    values = (codes[:, None].double() * torch.exp2(torch.arange(least, 255).double() - 127)).float()
+    values = values[values.isfinite()]
+    assert torch.equal(values.to(torch.bfloat16).float(), values)
+    below = codes.abs()[codes != 0].min().double() * 2.0 ** (least - 1 - 127)
+    assert below.float().to(torch.bfloat16).double() != below
 
 
 def bound(exact, size, out_dtype, length):
@@ -265,20 +290,23 @@ def test_high_precision_products(layout, device):
         start = end
 
 
+RECIPES = {**PRESETS, "superblocks": Recipe(Gemm(group=64), Gemm(group=128), Gemm(group=96))}
+
 # Float32 where a kernel rounds the result: the interpreter's conversion to bfloat16 truncates.
-PRESET_DTYPES = {
+RECIPE_DTYPES = {
     "mxfp8": torch.float32,
     "fp8_rowwise": torch.float32,
     "mxfp8_exact": torch.bfloat16,
+    "superblocks": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
 
 
-@pytest.mark.parametrize("preset", PRESET_DTYPES)
+@pytest.mark.parametrize("recipe", RECIPE_DTYPES)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_a_product_and_its_gradients_are_those_of_the_reference(op, preset, device):
+def test_a_product_and_its_gradients_are_those_of_the_reference(op, recipe, device):
     """On numbers whose sums are exact in any order, so that the bits agree (but for float32 row scales)."""
-    case = Case(op, PRESETS[preset], Backend("triton", device, PRESET_DTYPES[preset]))
+    case = Case(op, RECIPES[recipe], Backend("triton", device, RECIPE_DTYPES[recipe]))
     want = case._replace(backend=case.backend._replace(implementation="reference"))
     operands = case.operands()
     case.agree(case.call(*operands), want.call(*operands))

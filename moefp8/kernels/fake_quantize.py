@@ -1,12 +1,17 @@
-"""Round a matrix to true MX: every block of 32 to FP8 under its own scale, and back to bfloat16.
+"""Round a matrix to MX: every 32 elements, or every superblock of them, to FP8 under one scale, and back.
 
 Hopper's tensor core has no block scales. Scaling inside the product costs a multiply-add an element
 every 32 of the contraction, 290-321 TFLOP/s at best, half of bfloat16. An MX value however *is* a
 bfloat16 number: four significant bits, and a power of two. So the exact product is the bfloat16 one
-of rounded operands, and rounding them costs one pass: 2 bytes read, 2 written.
+of rounded operands, and rounding them costs one pass: 2 bytes read, 2 written. A span of more than 128
+elements is read twice, the second time mostly out of the cache.
 
-(Values below 2^-133 are the exception: bfloat16 ends there, MX reaches 2^-136.)
+(Values below 2^-133 are the exception, where bfloat16 ends: those under scales below 2^-124 for E4M3,
+2^-117 for E5M2.)
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,83 +32,160 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
-from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.recipe import Gemm
 
-TILE_COLUMNS = 64
+
+@triton.jit
+def _block_amax(v, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Bits of the largest magnitude of each block of 32 of a tile."""
+    bits = magnitude_bits(v)
+    if ALONG_ROWS:
+        amax = tl.max(tl.reshape(bits, (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
+    else:
+        amax = tl.max(tl.reshape(bits, (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)), 2)
+    return amax
+
+
+@triton.jit
+def _span_amax(
+    blocks, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr
+):
+    """The same of each span of a tile, poisoned blocks left out."""
+    amax = tl.where(blocks < INF_BITS, blocks, 0)
+    if SPAN > MX_BLOCK:
+        if ALONG_ROWS:
+            amax = tl.max(tl.reshape(amax, (ROWS // SPAN, SPAN // MX_BLOCK, COLUMNS)), 1)
+        else:
+            amax = tl.max(tl.reshape(amax, (ROWS, COLUMNS // SPAN, SPAN // MX_BLOCK)), 2)
+    return amax
+
+
+@triton.jit
+def _spread(v, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+    """One value for every ``SIZE`` elements of a tile, repeated."""
+    if ALONG_ROWS:
+        v = tl.broadcast_to(v[:, None, :], (ROWS // SIZE, SIZE, COLUMNS))
+    else:
+        v = tl.broadcast_to(v[:, :, None], (ROWS, COLUMNS // SIZE, SIZE))
+    return tl.reshape(v, (ROWS, COLUMNS))
 
 
 @triton.jit
 def _fake_quantize_kernel(
-    x, out, segments, num_groups, columns, stride,
+    x, out, blocks, num_groups, columns, stride,
     ALONG_ROWS: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    # One program: a tile of whole blocks, whichever way they lie.
-    across = tl.cdiv(columns, COLUMNS)
+    # One program: a tile of whole spans, whichever way they lie, or the tiles (PIECES) of one span.
+    across = tl.cdiv(columns, COLUMNS if ALONG_ROWS else COLUMNS * PIECES)
     block = tl.program_id(0) // across
-    if tl.load(segments + 3 * block) < num_groups:
-        row = tl.load(segments + 3 * block + 1) + tl.arange(0, ROWS)
-        end = tl.load(segments + 3 * block + 2)
-        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-        here = (row < end)[:, None] & (column < columns)[None, :]
-        at = row.to(tl.int64)[:, None]
-        v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
-        bits = magnitude_bits(v)
-        if ALONG_ROWS:  # blocks of 32 rows
-            amax = tl.max(tl.reshape(bits, (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
-            amax = tl.broadcast_to(amax[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS))
-        else:
-            amax = tl.max(tl.reshape(bits, (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)), 2)
-            amax = tl.broadcast_to(amax[:, :, None], (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK))
-        amax = tl.reshape(amax, (ROWS, COLUMNS))
-        factor, inverse = scale_of(tl.where(amax < INF_BITS, amax, 0), ROWWISE, CARRY, EMAX, MAX)
-        code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-        value = code.to(OUT, bitcast=True).to(tl.float32) * factor
-        value = tl.where(amax < INF_BITS, value.to(tl.int32, bitcast=True), NAN_BITS)
-        value = value.to(tl.float32, bitcast=True).to(tl.bfloat16)
-        tl.store(out + at * columns + column[None, :], value, mask=here)
+    if tl.load(blocks + 3 * block) < num_groups:
+        first = tl.load(blocks + 3 * block + 1)
+        end = tl.load(blocks + 3 * block + 2)
+        left = tl.program_id(0) % across * (COLUMNS if ALONG_ROWS else COLUMNS * PIECES)
+        down: tl.constexpr = ROWS if ALONG_ROWS else 0
+        right: tl.constexpr = 0 if ALONG_ROWS else COLUMNS
+        pieces = PIECES
+        if PIECES > 1:  # the last span of an axis may be short
+            reach = tl.cdiv(end - first, ROWS) if ALONG_ROWS else tl.cdiv(columns - left, COLUMNS)
+            pieces = tl.minimum(PIECES, reach)
+            amax = tl.zeros((1, COLUMNS) if ALONG_ROWS else (ROWS, 1), tl.int32)
+            for i in range(pieces):
+                row = first + i * down + tl.arange(0, ROWS)
+                column = left + i * right + tl.arange(0, COLUMNS)
+                here = (row < end)[:, None] & (column < columns)[None, :]
+                at = row.to(tl.int64)[:, None] * stride + column[None, :]
+                v = tl.load(x + at, mask=here, other=0).to(tl.float32)
+                mine = _span_amax(
+                    _block_amax(v, ALONG_ROWS, ROWS, COLUMNS), ALONG_ROWS, ROWS, COLUMNS, SPAN
+                )
+                amax = tl.maximum(amax, mine)
+        for i in range(pieces):
+            row = first + i * down + tl.arange(0, ROWS)
+            column = left + i * right + tl.arange(0, COLUMNS)
+            here = (row < end)[:, None] & (column < columns)[None, :]
+            at = row.to(tl.int64)[:, None]
+            v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
+            by_block = _block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
+            if PIECES == 1:
+                amax = _span_amax(by_block, ALONG_ROWS, ROWS, COLUMNS, SPAN)
+            of_span = _spread(amax, ALONG_ROWS, ROWS, COLUMNS, SPAN)
+            of_block = _spread(by_block, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK)
+            factor, inverse = scale_of(of_span, ROWWISE, CARRY, EMAX, MAX)
+            code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+            value = code.to(OUT, bitcast=True).to(tl.float32) * factor
+            value = tl.where(of_block < INF_BITS, value.to(tl.int32, bitcast=True), NAN_BITS)
+            value = value.to(tl.float32, bitcast=True).to(tl.bfloat16)
+            tl.store(out + at * columns + column[None, :], value, mask=here)
 
 
-def _fake(x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str) -> Tensor:
+class Tiling(NamedTuple):
+    """How programs walk over spans, as constants of the kernel."""
+
+    ROWS: int
+    COLUMNS: int
+    #: Elements that share a scale, of those of one tile.
+    SPAN: int
+    #: Tiles to a span.
+    PIECES: int
+
+
+def tiling(span: int, axis: int) -> Tiling:
+    """Tiles of 128 rows, or of what divides both 128 and the ``span``, where they stand for part of it."""
+    part = math.gcd(span, SEGMENT)
+    pieces = span // part
+    if axis == -1:
+        return Tiling(SEGMENT, max(part, 64) if pieces == 1 else part, part, pieces)
+    return Tiling(SEGMENT if pieces == 1 else part, 64, part, pieces)
+
+
+def _fake(
+    x: Tensor, offs: Tensor, segments: Tensor, axis: int, dtype: torch.dtype, rule: str, group: int
+) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bfloat16)
 
 
 @leaf("fake_quantize", fake=_fake, vmap=by_loop)
 def _fake_quantize(
-    x: Tensor, segments: Tensor, num_groups: int, axis: int, dtype: torch.dtype, rule: str
+    x: Tensor, offs: Tensor, segments: Tensor, axis: int, dtype: torch.dtype, rule: str, group: int
 ) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = _fake(x, segments, num_groups, axis, dtype, rule)
-    launch = (segments.shape[0] * triton.cdiv(x.shape[1], TILE_COLUMNS),)
-    if x.numel():
-        _fake_quantize_kernel[launch](
-            x, out, segments, num_groups, x.shape[1], x.stride(0),
-            ALONG_ROWS=axis == -2, OUT=TRITON_DTYPES[dtype],
-            **encoding(Gemm("mx", dtype, rule), x.device)._asdict(),
-            ROWS=SEGMENT, COLUMNS=TILE_COLUMNS, num_warps=8,
-        )  # fmt: skip
+    out = _fake(x, offs, segments, axis, dtype, rule, group)
+    if x.numel() == 0:
+        return out
+    # A span longer than the axis is the axis.
+    tile = tiling(min(group, triton.cdiv(x.shape[axis], SEGMENT) * SEGMENT), axis)
+    blocks, across = segments, tile.COLUMNS
+    if axis == -1:
+        across *= tile.PIECES
+    elif tile.PIECES > 1:  # spans do not begin where segments do
+        blocks = plan(offs, x.shape[0], tile.ROWS * tile.PIECES).tiles
+    _fake_quantize_kernel[(blocks.shape[0] * triton.cdiv(x.shape[1], across),)](
+        x, out, blocks, offs.shape[0], x.shape[1], x.stride(0),
+        ALONG_ROWS=axis == -2, OUT=TRITON_DTYPES[dtype],
+        **encoding(Gemm("mx", dtype, rule), x.device)._asdict(), **tile._asdict(), num_warps=8,
+    )  # fmt: skip
     return out
 
 
-def fake_quantize(x: Tensor, plan: Plan, axis: int, gemm: Gemm) -> Tensor:
-    """``x`` (M, K) rounded to MX in blocks of 32 along ``axis`` (-1, or -2 within groups), in bfloat16.
+def fake_quantize(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) rounded to MX in spans along ``axis`` (-1, or -2 within groups), in bfloat16.
 
-    Rows past the last group are not written.
+    ``gemm.group`` elements share a scale, any multiple of 32. Rows past the last group are not written.
     """
-    return _fake_quantize(x, plan.segments, plan.ends.shape[0], axis, gemm.dtype, gemm.rule)
+    group = BLOCK if gemm.group is None else gemm.group
+    return _fake_quantize(x, offs, layout.segments, axis, gemm.dtype, gemm.rule, group)
 
 
 def reference(x: Tensor, offs: Tensor, axis: int, gemm: Gemm) -> Tensor:
     """The twin of :func:`fake_quantize`, in torch; rows past ``offs[-1]`` are zero."""
-
-    def rounded(v: Tensor) -> Tensor:
-        codes = quantize(v, axis, gemm.dtype, gemm.rule, BLOCK, None)
-        return dequantize(*codes, axis, BLOCK, torch.float32)
-
-    layout = segments_of(offs, x.shape[0], BLOCK)
-    value = rounded(layout.pad(x))
+    group = BLOCK if gemm.group is None else gemm.group
+    layout = segments_of(offs, x.shape[0], group)
+    padded = layout.pad(x)
+    codes = quantize(padded, axis, gemm.dtype, gemm.rule, group, None)
+    value = dequantize(*codes, axis, group, torch.float32)
     out = value.new_zeros(x.shape).index_put((layout.source[layout.valid],), value[layout.valid])
     return out.to(torch.bfloat16)

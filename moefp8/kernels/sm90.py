@@ -7,7 +7,8 @@ What each quantised tensor is made from, and read by::
     g   quantize_rows, along N  -> dgrad        its column amax -> quantize_columns, along M -> wgrad
 
 Scales span the whole contraction. For format "mx" they are powers of two, so what stays a normal FP8
-number under them has the value that 32-element blocks would give it (``docs/numerics.md``).
+number under them has the value that 32-element blocks would give it (``docs/numerics.md``). Shorter spans,
+exact blocks or superblocks, are rounded by ``fake_quantize`` and multiplied in bfloat16.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moefp8._dispatch import Implementation, Request
-from moefp8.formats import BLOCK, decode_scale
+from moefp8.formats import decode_scale
 from moefp8.kernels.dense_form import dense_by_groups
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
@@ -47,8 +48,6 @@ def _refuse_gemm(name: str, gemm: Gemm, operand: torch.dtype, out: torch.dtype) 
         if gemm.promote % 128:
             return f"recipe.{name}.promote: accumulators are promoted in steps of 128, got {gemm.promote}"
         return None
-    if gemm.format == "mx" and gemm.group != BLOCK:
-        return f"recipe.{name}.group: on Hopper None, -1 or 32, got {gemm.group}"
     if gemm.format == "none" and operand != torch.bfloat16:
         return f"recipe.{name}: products that are not quantised take bfloat16 operands, got {operand}"
     if out != torch.bfloat16:
@@ -111,7 +110,7 @@ def rows_forward(
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        exact = exact_operand(high_precision(a), layout, -1, fwd)
+        exact = exact_operand(high_precision(a), offs, layout, -1, fwd)
         out = high_precision_rows(exact, exact_weights(b, fwd, -2), offs)
     kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
@@ -140,7 +139,7 @@ def rows_backward(
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
             da = high_precision_rows(
-                exact_operand(g, layout, -1, dgrad), exact_weights(b, dgrad, -1).mT, offs
+                exact_operand(g, offs, layout, -1, dgrad), exact_weights(b, dgrad, -1).mT, offs
             )
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
@@ -151,8 +150,8 @@ def rows_backward(
             left = quantize_columns(x, layout, by_row_a, wgrad)
             db = contract(left, columns, layout, dtypes[1], wgrad, b)
         else:
-            exact = exact_operand(x, layout, -2, wgrad)
-            db = high_precision_contraction(exact.mT, exact_operand(g, layout, -2, wgrad), offs)
+            exact = exact_operand(x, offs, layout, -2, wgrad)
+            db = high_precision_contraction(exact.mT, exact_operand(g, offs, layout, -2, wgrad), offs)
     return da, db
 
 
@@ -183,7 +182,7 @@ def contraction(a: Tensor, b: Tensor, offs: Tensor, gemm: Gemm, out_dtype: torch
         copies = (both_ways(x, layout, None, gemm)[1] for x in (left, right))
         (a_data, a_scale), (b_data, b_scale) = copies
         return gemm_contraction(a_data, a_scale, b_data, b_scale, layout, out_dtype, gemm.promote)
-    exact = exact_operand(left, layout, -2, gemm), exact_operand(right, layout, -2, gemm)
+    exact = exact_operand(left, offs, layout, -2, gemm), exact_operand(right, offs, layout, -2, gemm)
     return high_precision_contraction(exact[0].mT, exact[1], offs)
 
 

@@ -66,18 +66,19 @@ def weights_both_ways(
 
 
 def exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
-    """``b`` (G, K, N) rounded to 32-element blocks along ``axis``, in bfloat16, its memory order kept."""
+    """``b`` (G, K, N) rounded to MX along ``axis``, in bfloat16, its memory order kept."""
     if gemm.format == "none":
         return b
     stored, layout = as_stored(b)
     axis = -3 - axis if is_transposed(b) else axis
-    rounded = fake_quantize(stored.flatten(0, 1), layout, axis, gemm).view(stored.shape)
+    flat, ends = stored.flatten(0, 1), equal_groups(stored.shape[0], stored.shape[1], b.device)
+    rounded = fake_quantize(flat, ends, layout, axis, gemm).view(stored.shape)
     return rounded.mT if is_transposed(b) else rounded
 
 
-def exact_operand(x: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
-    """``x`` (M, K) as the bfloat16 product reads it: rounded to blocks along ``axis``, or as it is."""
-    return x if gemm.format == "none" else fake_quantize(x, layout, axis, gemm)
+def exact_operand(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
+    """``x`` (M, K) as the bfloat16 product reads it: rounded to MX along ``axis``, or as it is."""
+    return x if gemm.format == "none" else fake_quantize(x, offs, layout, axis, gemm)
 
 
 def in_memory_order(product: Callable[[Any, Any], Tensor], left: Any, right: Any, like: Tensor) -> Tensor:
