@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moefp8._router import router_logits
 from moefp8.mx import check_float
 from moefp8.statistics import Statistics
 
@@ -174,6 +174,7 @@ def route(params: Mapping[str, Any], x: Tensor, config: MoEConfig) -> Routing:
     Raises:
         TypeError: ``x`` or a parameter that is not floating point.
         ValueError: a field of ``config`` out of range, a shape that does not fit it.
+        NotImplementedError: second-order or forward-mode differentiation with ``x`` of 16 bits.
 
     Source: group limit and expert bias, DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
 
@@ -192,14 +193,14 @@ def route(params: Mapping[str, Any], x: Tensor, config: MoEConfig) -> Routing:
     if x.ndim < 1 or x.shape[-1] != config.dim:
         raise ValueError(f"x: expected shape (..., D) with D = {config.dim}, got {tuple(x.shape)}")
 
-    wide = torch.promote_types(torch.promote_types(x.dtype, params["router"].dtype), torch.float32)
-    bias = params["router_bias"].to(wide) if "router_bias" in params else None
-    logits = F.linear(x.to(wide), params["router"].to(wide), bias)
+    logits = router_logits(x, params["router"])
+    if "router_bias" in params:
+        logits = logits + params["router_bias"].to(logits.dtype)
     scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
 
     choice = scores.detach()
     if "expert_bias" in params:
-        choice = choice + params["expert_bias"].detach().to(wide)
+        choice = choice + params["expert_bias"].detach().to(logits.dtype)
     if config.num_groups > 1:
         choice = _within_best_groups(choice, config)
     indices = choice.topk(config.top_k, dim=-1).indices
