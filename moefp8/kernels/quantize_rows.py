@@ -5,11 +5,11 @@ their memory order. It also gathers what the second one (``quantize_columns.py``
 magnitude of each column within each group, so that that one need not read the tensor twice.
 
 Bytes an element of a bf16 input: 2 read, 1 written, and 1/16 written and read again for the column
-maxima of each band of 64 rows. A program holds whole rows in registers, so the scale of a row costs no
-second read. Lane operations an element, about 9: widen, magnitude, row and column maximum, multiply,
-half a conversion, and its share of addresses. The roofline is the copy speed. What lost, with numbers,
-is in ``docs/benchmarks.md``: reading rows twice, column maxima by atomics, poisoned blocks handled in
-the same kernel.
+maxima of each band of 64 rows. A program holds whole rows in registers (``_pieces.py``), so the scale of a
+row costs no second read. Lane operations an element of 16 bits, about 8: magnitude, row and column maximum
+two at a time, widen, multiply, half a conversion, and its share of addresses. The roofline is the copy
+speed. What lost, with numbers, is in ``docs/benchmarks.md``: reading rows twice, column maxima by atomics,
+poisoned blocks handled in the same kernel.
 """
 
 from typing import NamedTuple
@@ -34,6 +34,16 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
+from moefp8.kernels._pieces import (
+    code_columns_of,
+    column_maxima,
+    columns_of,
+    equal_pieces,
+    narrow_bits,
+    no_maxima,
+    row_maxima,
+    store_maxima,
+)
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
@@ -51,58 +61,46 @@ def source_rows(source, row, end, SOURCED: tl.constexpr):
 
 
 @triton.jit
-def quantize_band(
-    x, source, data, scale, start, end, columns, stride, SOURCED: tl.constexpr,
-    OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
-    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
-    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Quantise BAND rows, ROWS at a time; bits of the largest magnitude of each column and of them all."""
-    column = tl.arange(0, COLUMNS)
-    inside = column < columns
-    # Codes leave in the layout that values came in, 8 to a thread. Left alone, the compiler stores
-    # 16 to a thread and shuffles every row through shared memory to do so.
-    code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
-    largest = tl.zeros((COLUMNS,), tl.int32)
-    top = tl.full((), 0, tl.int32)
-    for first in range(0, BAND, ROWS):
-        row = start + first + tl.arange(0, ROWS)
-        here = (row < end)[:, None] & inside[None, :]
-        at = source_rows(source, row, end, SOURCED)[:, None] * stride
-        v = tl.load(x + at + column[None, :], mask=here, other=0).to(tl.float32)
-        bits = magnitude_bits(v)
-        amax = tl.max(bits, 1)
-        top = tl.maximum(top, tl.max(amax, 0))
-        factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-        code = encode(v * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-        tl.store(data + row.to(tl.int64)[:, None] * columns + code_column[None, :], code, mask=here)
-        tl.store(scale + row, factor, mask=row < end)
-        if COLUMN_AMAX:
-            largest = tl.maximum(largest, tl.max(bits, 0))
-    return largest, top
-
-
-@triton.jit
 def _quantize_rows_kernel(
     x, source, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
     SOURCED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    # One program: a band of rows of one group.
+    # One program: a band of rows of one group, ROWS at a time.
     band = tl.program_id(0)
     group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if group < num_groups:
-        largest, top = quantize_band(
-            x, source, data, scale, start, end, columns, stride, SOURCED, OUT, COLUMN_AMAX,
-            ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, BAND, ROWS, COLUMNS,
-        )  # fmt: skip
-        tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
+        dtype: tl.constexpr = x.dtype.element_ty
+        largest = no_maxima(PIECES, ROWS, LANES, dtype)
+        top = tl.zeros((ROWS,), tl.int32)
+        for first in range(0, BAND, ROWS):
+            row = start + first + tl.arange(0, ROWS)
+            real = (row < end)[:, None]
+            at = source_rows(source, row, end, SOURCED)[:, None] * stride
+            values, bits = (), ()
+            for p in tl.static_range(PIECES):
+                column = columns_of(p, LANES)
+                v = tl.load(x + at + column, mask=real & (column < columns), other=0)
+                values += (v,)
+                bits += (narrow_bits(v, HARDWARE),)
+            if COLUMN_AMAX:
+                largest = column_maxima(largest, bits, HARDWARE)
+            amax = row_maxima(bits, dtype, HARDWARE)
+            top = tl.maximum(top, amax)
+            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+            tl.store(scale + row[:, None], factor[:, None], mask=real)
+            to = row.to(tl.int64)[:, None] * columns
+            for p in tl.static_range(PIECES):
+                column = code_columns_of(p, LANES)
+                scaled = values[p].to(tl.float32) * inverse[:, None]
+                code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+                tl.store(data + to + column, code, mask=real & (column < columns))
+        tl.store(band_poisoned + band, (tl.max(top, 0) >= INF_BITS).to(tl.int32))
         if COLUMN_AMAX:
-            column = tl.arange(0, COLUMNS)
-            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=column < columns)
+            store_maxima(band_amax, band, largest, columns, dtype, LANES)
 
 
 @triton.jit
@@ -175,25 +173,6 @@ def _fake(
     )
 
 
-class Tiling(NamedTuple):
-    """How a program holds rows of some length in registers."""
-
-    #: Rows at a time, rows to a band, lanes to a row, warps.
-    rows: int
-    band: int
-    lanes: int
-    warps: int
-
-
-def tiling(columns: int, bands_of_64: int = 0) -> Tiling:
-    """For rows of ``columns``. Large inputs take bands of 128, which halve what maxima cost to write."""
-    lanes = max(triton.next_power_of_2(columns), BLOCK)
-    band = 128 if bands_of_64 >= 1024 else 64
-    if lanes <= 1024:
-        return Tiling(2, band, lanes, 4)
-    return Tiling(1, band, lanes, 4 if lanes <= 2048 else min(lanes // 1024, 16))
-
-
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
 def _quantize_rows(
     x: Tensor,
@@ -210,7 +189,7 @@ def _quantize_rows(
     if data.numel() == 0:
         return data, scale, amax.zero_(), poisoned.zero_()
     columns, num_groups = x.shape[1], ends.shape[0]
-    how = tiling(columns, 2 * segments.shape[0] if column_amax else 0)
+    how = equal_pieces(columns, x.device, 2 * segments.shape[0] if column_amax else 0)
     bands = segments.shape[0] * (SEGMENT // how.band)
     band_amax, band_poisoned = empty_bands(x, segments, how.band, column_amax)
     arguments = (
@@ -220,10 +199,10 @@ def _quantize_rows(
     common = dict(
         SOURCED=source is not None, OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=how.band, COLUMNS=how.lanes, num_warps=how.warps,
+        SEGMENT=SEGMENT, BAND=how.band, num_warps=how.warps,
     )  # fmt: skip
-    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, **common)
-    _repair_poisoned_kernel[(bands,)](*arguments, **common)
+    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, PIECES=how.pieces, LANES=how.lanes, **common)
+    _repair_poisoned_kernel[(bands,)](*arguments, COLUMNS=how.padded, **common)
     if column_amax:
         amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, how.band)
     return data, scale, amax, poisoned
