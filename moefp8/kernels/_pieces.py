@@ -17,6 +17,13 @@ from moefp8.formats import BLOCK
 
 
 @triton.jit
+def appended(pieces, piece):
+    """A tuple with one more piece."""
+    one = (piece,)
+    return pieces + one
+
+
+@triton.jit
 def columns_of(piece: tl.constexpr, LANES: tl.constexpr):
     """Columns of a piece, (1, LANES)."""
     return (piece * LANES + tl.arange(0, LANES))[None, :]
@@ -70,7 +77,9 @@ def no_maxima(PIECES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, dty
     """Column maxima (bits) of no rows."""
     out = ()
     for _ in tl.static_range(PIECES):
-        out += (tl.zeros((ROWS, LANES), tl.int32 if dtype.primitive_bitwidth == 32 else tl.int16),)
+        out = appended(
+            out, tl.zeros((ROWS, LANES), tl.int32 if dtype.primitive_bitwidth == 32 else tl.int16)
+        )
     return out
 
 
@@ -79,7 +88,7 @@ def column_maxima(a, b, HARDWARE: tl.constexpr):
     """Piece by piece, the larger."""
     out = ()
     for p in tl.static_range(len(a)):
-        out += (larger(a[p], b[p], HARDWARE),)
+        out = appended(out, larger(a[p], b[p], HARDWARE))
     return out
 
 

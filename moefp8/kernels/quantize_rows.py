@@ -35,6 +35,7 @@ from moefp8.kernels._fp8 import (
     scale_of,
 )
 from moefp8.kernels._pieces import (
+    appended,
     code_columns_of,
     column_maxima,
     columns_of,
@@ -84,8 +85,8 @@ def _quantize_rows_kernel(
             for p in tl.static_range(PIECES):
                 column = columns_of(p, LANES)
                 v = tl.load(x + at + column, mask=real & (column < columns), other=0)
-                values += (v,)
-                bits += (narrow_bits(v, HARDWARE),)
+                values = appended(values, v)
+                bits = appended(bits, narrow_bits(v, HARDWARE))
             if COLUMN_AMAX:
                 largest = column_maxima(largest, bits, HARDWARE)
             amax = row_maxima(bits, dtype, HARDWARE)
