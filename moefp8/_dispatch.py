@@ -48,17 +48,19 @@ class Implementation(NamedTuple):
     rows_forward: Callable
     #: ``rows_backward(kept, a, b, offs, g, recipe, needed, dtypes) -> (da, db)``.
     rows_backward: Callable
-    #: ``ffn_forward(x, source, weights, biases, offs, recipe, prepared) -> (out (M, D), kept)``.
+    #: ``ffn_forward(x, weights, biases, offs, recipe, prepared) -> (out (M, D), kept)``.
     #:
-    #: ``x`` is ``(T, D)`` and ``source`` the ``(M,)`` int64 row of it for each sorted row, or None if it
-    #: lies sorted (M = T). ``weights`` and ``biases`` are triples in the order of their names, ``(w1
-    #: (E, H, D), w2 (E, D, H), w3 (E, H, D))``; a bias may be None. ``prepared`` is None, or what
-    #: ``quantize_weights`` gave for each weight. ``kept`` is for the backward; it may hold operands.
+    #: ``x`` are the rows, ``Gathered``. ``weights`` and ``biases`` are triples in the order of their
+    #: names, ``(w1 (E, H, D), w2 (E, D, H), w3 (E, H, D))``; a bias may be None. ``prepared`` is None, or
+    #: what ``quantize_weights`` gave for each weight. ``kept`` is for the backward; it may hold operands.
     ffn_forward: Callable
-    #: ``ffn_backward(kept, x, source, weights, biases, offs, g, recipe, needed) -> gradients`` of the
-    #: sorted rows (M, D), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools). That of the
-    #: rows may be a pair to be added, so that one pass can add the pair and the copies of a token.
+    #: ``ffn_backward(kept, x, weights, biases, offs, g, recipe, needed) -> gradients`` of ``x`` (what
+    #: ``x.collect`` gives), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools). ``g`` is the
+    #: cotangent of ``out``, ``Gathered``.
     ffn_backward: Callable
+    #: ``ffn_keeps_rows(recipe)``: whether ``ffn_backward`` reads ``x`` where that are the rows themselves.
+    #: If not, only their width and dtype need be kept.
+    ffn_keeps_rows: Callable[[Recipe], bool]
     #: ``quantize_weights(w (G, N, K), recipe) -> tensors``: both copies of a weight that products read,
     #: along K for the forward and along N for dgrad. Their number does not depend on ``w``.
     quantize_weights: Callable

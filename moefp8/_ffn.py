@@ -10,25 +10,28 @@ from moefp8._custom_vjp import custom_vjp, non_differentiable
 from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
-from moefp8.kernels.combine import combine, combine_pair
-from moefp8.kernels.ffn import Three, gather, swiglu, swiglu_backward
+from moefp8.kernels.combine import combine, row_dots
+from moefp8.kernels.ffn import Three, swiglu, swiglu_backward
+from moefp8.kernels.gathered import Gathered
 from moefp8.quantized import QuantizedParams, check_quantized, unchanged
 from moefp8.recipe import Recipe
 from moefp8.statistics import COTANGENTS, FORWARD, Statistics, entries, measure, pack_probe, unpack
 
 
 class Routed(NamedTuple):
-    """How tokens become sorted rows and back: ``copies`` rows each.
+    """How tokens become sorted rows, and those tokens again: ``copies`` rows each.
 
     Attributes:
-        source: ``(M,)`` int64 token of each sorted row.
-        slot: ``(M,)`` int64 sorted row of each copy, token after token: row i of the tokens lies at
-            ``slot[i * copies + j]``.
+        copy: ``(M,)`` int64: which ``t * copies + j`` (copy j of token t) each sorted row is.
+        slot: ``(M,)`` int64, the inverse.
+        scores: ``(T, copies)``, what copies count for.
+        side: where they are multiplied with, "input" or "output".
     """
 
-    source: Tensor
+    copy: Tensor
     slot: Tensor
-    copies: int
+    scores: Tensor
+    side: str
 
 
 class FFN(NamedTuple):
@@ -39,6 +42,8 @@ class FFN(NamedTuple):
     has_bias: tuple[bool, bool, bool]
     #: Rows to a token; 0 if x lies sorted.
     copies: int
+    #: Side of the scores.
+    side: str
     #: Tensors to each weight that was quantised beforehand; 0 if none was.
     prepared: int
     #: Whether the cotangents are measured.
@@ -53,7 +58,7 @@ class FFN(NamedTuple):
     def asked(self, flat: Sequence[Tensor]) -> list[Asked]:
         """The three products, in the order they run."""
         x = Operands.unflatten(self, flat)
-        rows = x.x.shape[0] if x.source is None else x.source.shape[0]
+        rows, _ = x.into(self).shape
         order = (x.weights[0], x.weights[2], x.weights[1])
         return [
             Asked((rows, w.shape[2]), (w.shape[0], w.shape[2], w.shape[1]), (w,), (x.x, w)) for w in order
@@ -67,8 +72,9 @@ class Operands(NamedTuple):
     weights: Three
     biases: Three
     offs: Tensor
-    source: Tensor | None
+    copy: Tensor | None
     slot: Tensor | None
+    scores: Tensor | None
     #: Zeros, see ``statistics.py``.
     probe: Tensor | None
     #: The copies of each weight and the sample of ``QuantizedParams``.
@@ -77,7 +83,8 @@ class Operands(NamedTuple):
 
     def flat(self) -> tuple[Tensor, ...]:
         copies = [x for copy in self.prepared or () for x in copy]
-        rest = (*self.biases, self.offs, self.source, self.slot, self.probe, *copies, self.sample)
+        routed = (self.copy, self.slot, self.scores)
+        rest = (*self.biases, self.offs, *routed, self.probe, *copies, self.sample)
         return (self.x, *self.weights, *(t for t in rest if t is not None))
 
     @classmethod
@@ -85,33 +92,40 @@ class Operands(NamedTuple):
         x, w1, w2, w3, *rest = flat
         b1, b2, b3 = (rest.pop(0) if has else None for has in static.has_bias)
         offs = rest.pop(0)
-        source, slot = (rest.pop(0), rest.pop(0)) if static.copies else (None, None)
+        copy, slot, scores = (rest.pop(0) if static.copies else None for _ in range(3))
         probe = rest.pop(0) if static.probed else None
         prepared = sample = None
         if rest:
             *copies, sample = rest
             n = static.prepared
             prepared = tuple(tuple(copies[i * n : (i + 1) * n]) for i in range(3))
-        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, source, slot, probe, prepared, sample)
+        return cls(x, (w1, w2, w3), (b1, b2, b3), offs, copy, slot, scores, probe, prepared, sample)
 
+    def into(self, static: FFN) -> Gathered:
+        """The rows that the experts get."""
+        scores = self.scores if static.side == "input" else None
+        return Gathered(self.x, self.copy, self.slot, static.copies, scores)
 
-def sum_copies(rows: Tensor | tuple[Tensor, Tensor], slot: Tensor, copies: int) -> Tensor:
-    """Add up the ``copies`` rows of each token, in float32 and rounded once: a gather's transpose.
-
-    Of a pair the rows are the sum, as the products for gate and up give them.
-    """
-    return (
-        combine_pair(*rows, slot, copies) if isinstance(rows, tuple) else combine(rows, slot, None, copies)
-    )
+    def back(self, static: FFN, g: Tensor) -> Gathered:
+        """The cotangent of what they give."""
+        scores = self.scores if static.side == "output" else None
+        return Gathered(g, self.copy, self.slot, static.copies, scores)
 
 
 def _ffn_fwd(static: FFN, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     x = Operands.unflatten(static, flat)
     offs = x.offs if x.sample is None else unchanged(x.offs, *x.weights, x.sample, static.where)
     out, kept = static.products.ffn_forward(
-        x.x, x.source, x.weights, x.biases, offs, static.recipe, x.prepared
+        x.into(static), x.weights, x.biases, offs, static.recipe, x.prepared
     )
-    return out, (*flat, *kept)
+    if not static.copies:
+        if not (static.probed or static.products.ffn_keeps_rows(static.recipe)):
+            flat = (x.x.new_empty(0, x.x.shape[1]), *flat[1:])
+        return out, (*flat, *kept)
+    on_output = static.side == "output"
+    y = combine(out, x.slot, x.scores if on_output else None, static.copies)
+    # What a token's rows came to is read again for the gradient of its scores.
+    return y, (*flat, *kept, out) if on_output else (*flat, *kept)
 
 
 def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Sequence[Tensor | None]:
@@ -122,26 +136,37 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
         raise TypeError(
             "quantized: quantised weights have no gradient, and one is asked for; differentiate params"
         )
-    biases = iter(needed[4:])
-    wanted = (*needed[:4], *(next(biases) if has else False for has in static.has_bias))
-    dx, *gradients = static.products.ffn_backward(
-        kept, x.x, x.source, x.weights, x.biases, x.offs, g, static.recipe, wanted
-    )
-    if dx is not None and x.slot is not None:
-        dx = sum_copies(dx, x.slot, static.copies)
-    elif isinstance(dx, tuple):
-        dx = dx[0] + dx[1]
+    wants = iter(needed)
+    x_needed, *weights_needed = (next(wants) for _ in range(4))
+    biases_needed = [next(wants) if has else False for has in static.has_bias]
+    _, _, _, scores_needed = (next(wants) if n == 0 or static.copies else False for n in range(4))
+    d_scores = None
+    if static.side == "output":
+        kept, out = kept[:-1], kept[-1]
+        if scores_needed and x.scores is not None:
+            d_scores = row_dots(out, x.slot, g, static.copies).to(x.scores.dtype)
+    into_needed = x_needed or (static.side == "input" and scores_needed)
+    into, *gradients = static.products.ffn_backward(
+        kept, x.into(static), x.weights, x.biases, x.offs, x.back(static, g), static.recipe,
+        (into_needed, *weights_needed, *biases_needed),
+    )  # fmt: skip
+    dx = None
+    if into is not None:
+        dx, from_input = into
+        d_scores = from_input if static.side == "input" else d_scores
     weights, present = gradients[:3], zip(gradients[3:], static.has_bias, strict=True)
-    grads = [dx, *weights, *(db for db, has in present if has)]
-    grads += [None] * (3 if static.copies else 1)  # offs, source, slot
+    grads = [dx, *weights, *(db for db, has in present if has), None]  # the last of offs
+    if static.copies:
+        grads += [None, None, d_scores]
     if static.probed:
-        grads.append(_cotangent_statistics(static, x, g) if needed[len(grads)] else None)
+        cotangents = _cotangent_statistics(static, x, g) if needed[len(grads)] else None
+        grads.append(cotangents)
     return [*grads, *(None,) * (count - len(grads))]
 
 
 def _inner(static: FFN, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """The sorted rows, gate and up, which a fused feed-forward does not hand out."""
-    rows, product, fwd = gather(x.x, x.source), static.products.rows, static.recipe.fwd
+    rows, product, fwd = x.into(static).rows(), static.products.rows, static.recipe.fwd
     gate = product(rows, x.weights[0].mT, x.offs, x.biases[0], fwd, rows.dtype)
     return rows, gate, product(rows, x.weights[2].mT, x.offs, x.biases[2], fwd, rows.dtype)
 
@@ -160,6 +185,7 @@ def _measure(
 
 
 def _cotangent_statistics(static: FFN, x: Operands, g: Tensor) -> Tensor:
+    g = x.back(static, g).rows()
     _, gate, up = _inner(static, x)
     d_hidden = static.products.rows(g, x.weights[1], x.offs, None, static.recipe.dgrad, g.dtype)
     d_gate, d_up = swiglu_backward(gate, up, d_hidden)
@@ -196,15 +222,16 @@ def _prepare(
         check_quantized(quantized, weights, recipe, implementation, where)
         copies, sample = quantized.copies, quantized.sample
         implementation = quantized.source.implementation
-    rows = x.shape[0] if routed is None else routed.source.shape[0]
+    rows = x.shape[0] if routed is None else routed.copy.shape[0]
     named = implementation is not None
     requests = ffn_requests(x.device, x.dtype, rows, weights, biases, recipe, named=named)
     chosen = choose(implementation, requests, REGISTRY)
     b1, b2, b3 = (bias is not None for bias in biases)
-    source, slot, count = (None, None, 0) if routed is None else routed
+    copy, slot, scores, side = (None, None, None, "") if routed is None else routed
+    count = 0 if scores is None else scores.shape[1]
     prepared = len(copies[0]) if copies else 0
-    static = FFN(recipe, chosen.name, (b1, b2, b3), count, prepared, probe is not None, where)
-    return static, Operands(x, weights, biases, offs, source, slot, probe, copies, sample)
+    static = FFN(recipe, chosen.name, (b1, b2, b3), count, side, prepared, probe is not None, where)
+    return static, Operands(x, weights, biases, offs, copy, slot, scores, probe, copies, sample)
 
 
 def ffn(
@@ -219,7 +246,7 @@ def ffn(
     probe: Any = None,
     where: str = "params",
 ) -> Tensor:
-    """The feed-forward of checked ``params`` on sorted rows, or on tokens and how they are ``routed``."""
+    """The feed-forward of checked ``params`` on sorted rows, or of tokens as they are ``routed``."""
     zeros = None if probe is None else pack_probe(probe, recipe)
     static, operands = _prepare(params, x, offs, recipe, implementation, routed, quantized, zeros, where)
     return _ffn(static, *operands.flat())

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from moefp8._custom_vjp import custom_vjp
-from moefp8._ffn import Routed, ffn, ffn_statistics, sum_copies
+from moefp8._ffn import Routed, ffn, ffn_statistics
 from moefp8._operands import check_operand
 from moefp8.auto import Auto, resolve
 from moefp8.experts import check_ffn, shared_ffn
-from moefp8.kernels.combine import combine, combine_backward
+from moefp8.kernels.combine import combine, row_dots, spread
 from moefp8.quantized import QuantizedParams, shared_copies
 from moefp8.recipe import BF16, MXFP8, Recipe, check_recipe
 from moefp8.routing import (
@@ -150,7 +150,7 @@ def _take_fwd(static: _Take, x: Tensor, index: Tensor, back: Tensor) -> tuple[Te
 def _take_bwd(static: _Take, needed: tuple[bool, ...], back: Tensor, g: Tensor) -> Sequence[Tensor | None]:
     if not needed[0]:
         return None, None, None
-    return sum_copies(g, back, static.copies), None, None
+    return combine(g, back, None, static.copies), None, None
 
 
 # A gather whose transpose is a gather: row i of x is copied to the rows back[i * copies + j]. Left to
@@ -173,18 +173,24 @@ def _sum_bwd(static: _Take, needed: tuple[bool, ...], source: Tensor, g: Tensor)
 
 
 def _weighted_sum_fwd(
-    static: None, y: Tensor, slot: Tensor, weights: Tensor
+    static: None, y: Tensor, slot: Tensor, source: Tensor, weights: Tensor
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    return combine(y, slot, weights, weights.shape[1]), (y, slot, weights)
+    return combine(y, slot, weights, weights.shape[1]), (y, slot, source, weights)
 
 
 def _weighted_sum_bwd(
-    static: None, needed: tuple[bool, ...], y: Tensor, slot: Tensor, weights: Tensor, g: Tensor
+    static: None,
+    needed: tuple[bool, ...],
+    y: Tensor,
+    slot: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    g: Tensor,
 ) -> Sequence[Tensor | None]:
-    dy = d_weights = None
-    if needed[0] or needed[2]:
-        dy, d_weights = combine_backward(y, slot, weights, g)
-    return dy if needed[0] else None, None, d_weights if needed[2] else None
+    copies = weights.shape[1]
+    dy = spread(g, source, weights, copies) if needed[0] else None
+    d_weights = row_dots(y, slot, g, copies).to(weights.dtype) if needed[3] else None
+    return dy, None, None, d_weights
 
 
 # One pass in each direction; left to autograd each step of it would be one.
@@ -199,7 +205,7 @@ def combine_rows(y: Tensor, order: RowOrder, weights: Tensor | None, top_k: int)
     """
     if weights is None:
         return _sum(_Take(top_k), y, order.slot, order.source)
-    return _weighted_sum(None, y, order.slot, weights)
+    return _weighted_sum(None, y, order.slot, order.source, weights)
 
 
 # --- the layer ---------------------------------------------------------------------------------
@@ -290,17 +296,10 @@ def moe_ffn(
     weights = routing.weights.reshape(-1, config.top_k)
 
     order = sort_by_expert(routing.indices, config.num_experts)
-    if config.scores_on == "input":
-        row_weight = _take(_Take(1), weights.reshape(-1, 1), order.source, order.slot)
-        into = (gather_rows(tokens, order, config.top_k) * row_weight).to(x.dtype)
-        routed = None
-    else:
-        # The gather goes with the feed-forward, which may quantise rows as it copies them.
-        into = tokens
-        routed = Routed(order.source // config.top_k, order.slot, config.top_k)
-    arguments = (params, into, order.offs, recipe, implementation)
-    rows = ffn(*arguments, routed=routed, quantized=quantized, probe=probe)
-    y = combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
+    # Gathering and combining go with the feed-forward, which may quantise rows as it copies them.
+    routed = Routed(order.source, order.slot, weights, config.scores_on)
+    arguments = (params, tokens, order.offs, recipe, implementation)
+    y = ffn(*arguments, routed=routed, quantized=quantized, probe=probe)
 
     if "shared" in params:
         shared = None if quantized is None else shared_copies(quantized)

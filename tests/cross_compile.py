@@ -153,22 +153,28 @@ def feed_forward(implementation, recipe):
     """Forward and backward of the experts, 16 of them, D = 2048 and H = 1408."""
     tokens, d, h, groups = 16384, 2048, 1408, 16
     x, offs = torch.empty(tokens, d, dtype=torch.bfloat16), torch.empty(groups, dtype=torch.int32)
+    from moefp8.kernels.gathered import Gathered
+
     shapes = ((groups, h, d), (groups, d, h), (groups, h, d))
     weights = tuple(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
     none = (None, None, None)
-    _, kept = implementation.ffn_forward(x, None, weights, none, offs, recipe, None)
+    copy, scores = torch.empty(2 * tokens, dtype=torch.int64), torch.empty(tokens, 2)
+    rows = Gathered(x, copy, copy, 2, scores)
+    _, kept = implementation.ffn_forward(rows, weights, none, offs, recipe, None)
     needed = (*(True,) * 4, *(False,) * 3)
-    implementation.ffn_backward(kept, x, None, weights, none, offs, x, recipe, needed)
+    implementation.ffn_backward(kept, rows, weights, none, offs, rows, recipe, needed)
 
 
 def routed():
-    """The weighted sum over the two rows of each token, and its transpose."""
+    """The weighted sum over the two rows of each token, its transpose, and the gradient of the weights."""
     from moefp8.kernels import combine_gpu
 
     y, slot = torch.empty(8192, 2048, dtype=torch.bfloat16), torch.empty(8192, dtype=torch.int64)
     weights = torch.empty(4096, 2)
     combine_gpu.combine(y, slot, weights, 2)
-    combine_gpu.combine_backward(y, slot, weights, torch.empty(4096, 2048, dtype=torch.bfloat16))
+    x = torch.empty(4096, 2048, dtype=torch.bfloat16)
+    combine_gpu.spread(x, slot, weights, 2)
+    combine_gpu.row_dots(y, slot, x, 2)
 
 
 def launch_everything(capability):

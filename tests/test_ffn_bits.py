@@ -104,10 +104,10 @@ def test_each_gradient_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["mixtral", "biases", "all experts", "olmoe"])
+@pytest.mark.parametrize("variant", ["mixtral", "biases", "all experts", "olmoe", "llama4"])
 def test_the_layer_is_gather_by_hand_and_combine(variant, dtype):
     """moe_ffn hands the order of the rows over instead of the rows; the copies of a token add up as in
-    the transpose of a gather."""
+    the transpose of a gather. Scores on the input: with one copy, so that scaling is the only rounding."""
     config, params = VARIANTS[variant].config, make(VARIANTS[variant], dtype=dtype)
     params = {name: p for name, p in params.items() if name != "shared"}
     config = config._replace(shared_hidden=0)
@@ -116,8 +116,11 @@ def test_the_layer_is_gather_by_hand_and_combine(variant, dtype):
     def layer(params, x):
         routing = route(params, x, config)
         order = sort_by_expert(routing.indices, config.num_experts)
-        rows = by_hand(params, gather_rows(x, order, config.top_k), order.offs, recipe=MXFP8)
-        return combine_rows(rows, order, routing.weights, config.top_k)
+        into, weights = gather_rows(x, order, config.top_k), routing.weights
+        if config.scores_on == "input":
+            into = (into * weights.reshape(-1, 1)[order.source]).to(dtype)
+        rows = by_hand(params, into, order.offs, recipe=MXFP8)
+        return combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
     want, want_vjp = vjp(layer, params, x)
     got, got_vjp = vjp(lambda p, x: moe_ffn(p, x, config=config)[0], params, x)

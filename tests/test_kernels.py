@@ -8,6 +8,7 @@ import torch
 from specs import LAYOUTS, OPS, Backend, Case, Layout
 
 from moefp8.kernels import (
+    combine,
     fake_quantize,
     gemm,
     group_sum,
@@ -16,6 +17,7 @@ from moefp8.kernels import (
     quantize_rows,
 )
 from moefp8.kernels import plan as plans
+from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import PRESETS, Gemm, Recipe
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -111,23 +113,26 @@ def test_quantisers(layout, gemm_format, poison, device):
     same_bits(scale[filled], want_scale[filled])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_scored", [True, False])
 @pytest.mark.parametrize("layout", [x for x in ODD_LAYOUTS if x.name in ("single row", "tail")])
-def test_gathered_rows(layout, device):
-    """Rows picked by ``source`` are quantised as if they had been gathered first."""
-    offs, x = layout.offs(device), draw((layout.rows, 80), device, poison=3)
+def test_gathered_rows(layout, is_scored, dtype, device):
+    """Copies of tokens, scaled or not, are quantised as if they had been written out first."""
+    copies = 2 if layout.rows % 2 == 0 else 1
+    offs, tokens = layout.offs(device), draw((layout.rows // copies, 80), device, poison=3, dtype=dtype)
     where = plans.plan(offs, layout.rows, 192)
-    order = torch.randperm(layout.rows, generator=torch.Generator().manual_seed(0)).to(device)
-    scattered = torch.empty_like(x).index_copy_(0, order, x)  # whose rows ``order`` are x
-    got, want = (
-        quantize_rows.quantize_rows(tokens, where, Gemm(), column_amax=True, source=source)
-        for tokens, source in ((scattered, order), (x, None))
-    )
+    generator = torch.Generator().manual_seed(0)
+    copy = torch.randperm(layout.rows, generator=generator).to(device)
+    scores = torch.rand(len(tokens), copies, generator=generator).to(device) if is_scored else None
+    gathered = Gathered(tokens, copy, copy.argsort(), copies, scores)
+    x = combine.reference_spread(tokens, copy, scores, copies)
+    got, want = (quantize_rows.quantize_rows(a, where, Gemm(), column_amax=True) for a in (gathered, x))
     used, end = int(offs[-1]), int(where.ends[-1])
     same_bits(got.data[:used], want.data[:used])
     same_bits(got.scale[:used], want.scale[:used])
     same_bits(got.column_amax, want.column_amax)
     same_bits(got.poisoned, want.poisoned)
-    columns, _ = quantize_columns.quantize_columns(scattered, where, got, Gemm(), source=order)
+    columns, _ = quantize_columns.quantize_columns(gathered, where, got, Gemm())
     same_bits(columns[:, :end], quantize_columns.quantize_columns(x, where, want, Gemm())[0][:, :end])
 
 

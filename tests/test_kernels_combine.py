@@ -33,34 +33,35 @@ def test_combine(shape, dtype, weighted, device):
     same_bits(combine_gpu.combine(*arguments), combine.reference(*arguments))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_combine_pair(dtype, device):
-    y, slot, _, _ = operands(6, 4, 80, dtype, device)
-    other = draw(y.shape, device, dtype=dtype, seed=7)
-    got = combine_gpu.combine_pair(y, other, slot, 4)
-    same_bits(got, combine.reference_pair(y, other, slot, 4))
+@pytest.mark.parametrize("shape", [(5, 3, 48), (3, 1, 16), (2, 8, 2064), (0, 2, 32)])
+def test_spread(shape, dtype, weighted, device):
+    """Bit for bit."""
+    _, slot, weights, x = operands(*shape, dtype, device)
+    arguments = (x, slot.argsort(), weights if weighted else None, shape[1])
+    same_bits(combine_gpu.spread(*arguments), combine.reference_spread(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 3, 48), (3, 1, 16), (2, 8, 2064), (0, 2, 32)])
-def test_combine_backward(shape, dtype, device):
-    """Rows bit for bit; each of the two sums of n products within n roundings of the sum of magnitudes."""
-    y, slot, weights, g = operands(*shape, dtype, device)
-    got, want = (f(y, slot, weights, g) for f in (combine_gpu.combine_backward, combine.reference_backward))
-    same_bits(got[0], want[0])
-    terms = y[slot].view(*shape).double() * g.double()[:, None]
+def test_row_dots(shape, dtype, device):
+    """Each of the two sums of n products within n roundings of the sum of magnitudes."""
+    y, slot, _, x = operands(*shape, dtype, device)
+    terms = y[slot].view(*shape).double() * x.double()[:, None]
     limit = (shape[2] + 1) * 2.0**-24 * terms.abs().sum(-1)
-    for d_weights in (got[1], want[1]):
-        assert d_weights.dtype == weights.dtype
-        assert ((d_weights.double() - terms.sum(-1)).abs() <= limit).all()
+    for dots in (f(y, slot, x, shape[1]) for f in (combine_gpu.row_dots, combine.reference_dots)):
+        assert dots.dtype == torch.float32
+        assert dots.shape == shape[:2]
+        assert ((dots.double() - terms.sum(-1)).abs() <= limit).all()
 
 
-def test_backward_is_the_transpose(device):
-    """<combine(y), g> = <y, dy> = <weights, dweights>, on numbers for which every sum is exact."""
+def test_they_are_transposes(device):
+    """<combine(y), x> = <y, spread(x)> = <weights, row_dots>, on numbers for which every sum is exact."""
     generator = torch.Generator().manual_seed(0)
     slot = torch.randperm(12, generator=generator).to(device)
-    y, g = (torch.randint(-8, 9, (n, 32), generator=generator).float().to(device) for n in (12, 4))
+    y, x = (torch.randint(-8, 9, (n, 32), generator=generator).float().to(device) for n in (12, 4))
     weights = torch.randint(1, 5, (4, 3), generator=generator).float().to(device)
-    dy, d_weights = combine.combine_backward(y, slot, weights, g)
-    total = (combine.combine(y, slot, weights, 3) * g).sum()
-    assert total == (y * dy).sum() == (weights * d_weights).sum()
+    total = (combine.combine(y, slot, weights, 3) * x).sum()
+    assert total == (y * combine.spread(x, slot.argsort(), weights, 3)).sum()
+    assert total == (weights * combine.row_dots(y, slot, x, 3)).sum()

@@ -19,6 +19,7 @@ from moefp8.kernels import (
     swiglu_rows,
 )
 from moefp8.kernels.ffn import compose
+from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import PRESETS, Gemm
 
 pytestmark = [
@@ -208,29 +209,33 @@ EVERY = (True,) * 7
 
 
 def feed_forward(
-    implementation, layout, recipe, device, *, needed=EVERY, top_k=1, prepared=False, order=""
-):
+    implementation, layout, recipe, device, *,
+    needed=EVERY, top_k=0, scored="", prepared=False, order="",
+):  # fmt: skip
     """Output and gradients; weights named in ``order`` lie transposed in memory, rows are gathered if
-    ``top_k`` > 1."""
+    ``top_k`` > 0."""
     dim, hidden, groups = 32, 48, len(layout.sizes)
     shapes = ((hidden, dim), (dim, hidden), (hidden, dim))
     weights = [draw((groups, *shape), device, seed=i) for i, shape in enumerate(shapes)]
     weights = [w.mT.contiguous().mT if str(i + 1) in order else w for i, w in enumerate(weights)]
     biases = [draw((groups, shape[0]), device, seed=i) for i, shape in enumerate(shapes)]
     generator = torch.Generator().manual_seed(0)
-    source = None
-    if top_k > 1:
-        tokens = -(-layout.rows // top_k)
-        source = torch.randperm(tokens * top_k, generator=generator)[: layout.rows] // top_k
-        x, source = draw((tokens, dim), device), source.to(device)
+    if top_k:
+        top_k = top_k if layout.rows % top_k == 0 else 1
+        tokens = layout.rows // top_k
+        slot = torch.randperm(tokens * top_k, generator=generator).to(device)
+        scores = torch.rand(tokens, top_k, generator=generator).to(device)
+        how = slot.argsort(), slot, top_k
+        # On one side or the other, as layers have them, but here with top_k on both.
+        x = Gathered(draw((tokens, dim), device), *how, scores if scored != "output" else None)
+        g = Gathered(draw((tokens, dim), device, seed=9), *how, scores if scored != "input" else None)
     else:
-        x = draw((layout.rows, dim), device)
+        x, g = (Gathered(draw((layout.rows, dim), device, seed=seed)) for seed in (0, 9))
     copies = [FUSED.quantize_weights(w, recipe) for w in weights] if prepared else None
-    common = (x, source, weights, biases, layout.offs(device))
+    common = (x, weights, biases, layout.offs(device))
     out, kept = implementation.ffn_forward(*common, recipe, copies)
-    g = draw((layout.rows, dim), device, seed=9)
     dx, *rest = implementation.ffn_backward(kept, *common, g, recipe, needed)
-    return out, dx[0] + dx[1] if isinstance(dx, tuple) else dx, *rest
+    return out, *((None, None) if dx is None else dx), *rest
 
 
 WHOLE = [  # (layout, preset, options)
@@ -243,6 +248,7 @@ WHOLE = [  # (layout, preset, options)
 ]
 EVERY_WHOLE = [
     *((x.name, "mxfp8", {"top_k": 2}) for x in LAYOUTS),
+    *(("tail", "fp8_rowwise", {"top_k": 2, "scored": side}) for side in ("input", "output")),
     *(("tail", name, {"prepared": True, "order": "2"}) for name in ("mxfp8", "fp8_rowwise")),
     *(("unaligned", "mxfp8", {"needed": tuple(i == j for j in range(7))}) for i in range(7)),
     *(("unaligned", "mxfp8", {"needed": tuple(i != j for j in range(7))}) for i in range(7)),
@@ -259,7 +265,9 @@ def test_fused_is_composed(device, layout, preset, options):
     layout, recipe = next(x for x in LAYOUTS if x.name == layout), PRESETS[preset]
     composed = FUSED._replace(ffn_forward=COMPOSED.forward, ffn_backward=COMPOSED.backward)
     got, want = (feed_forward(x, layout, recipe, device, **options) for x in (FUSED, composed))
-    for needed, x, y in zip((True, *options.get("needed", EVERY)), got, want, strict=True):
+    x_needed, *others = options.get("needed", EVERY)
+    scores_needed = x_needed and bool(options.get("top_k")) and options.get("scored") != "output"
+    for needed, x, y in zip((True, x_needed, scores_needed, *others), got, want, strict=True):
         assert (x is not None) == (y is not None) == needed
         if needed:
             assert x.dtype == y.dtype

@@ -1,13 +1,13 @@
 """Add up the rows that belong to each token, in one pass, and the transpose of that.
 
-    combine           out[t] = sum over j of  weights[t, j] * y[slot[t k + j]]
-    combine_pair      out[t] = sum over j of  (y + other)[slot[t k + j]]
-    combine_backward  dy[slot[t k + j]] = weights[t, j] * g[t],   dweights[t, j] = y[slot[t k + j]] . g[t]
+    combine   out[t]          = sum over j of  weights[t, j] * y[slot[t k + j]]
+    spread    out[i]          = weights[t, j] * x[t]               where copy[i] = t k + j
+    row_dots  out[t, j]       = y[slot[t k + j]] . x[t]            gradient of weights
 
-Weights may be left out. Computed in float32, one addition after the other in the order of j, and rounded
-once: the result depends neither on the device nor on how a library sums. Here are the definitions, in
-torch; on a GPU ``combine_gpu.py`` runs instead, with the same bits but for dweights, whose long sum it
-takes in another order.
+Weights may be left out. Computed in float32, combine one addition after the other in the order of j, and
+rounded once: the result depends neither on the device nor on how a library sums. Here are the
+definitions, in torch; on a GPU ``combine_gpu.py`` runs instead, with the same bits but for row_dots,
+whose long sum it takes in another order.
 """
 
 from importlib.util import find_spec
@@ -38,23 +38,24 @@ def reference(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> T
     return y.new_zeros(0, y.shape[1]) if total is None else total.to(y.dtype)
 
 
-def reference_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of ``combine_gpu.combine_backward``."""
+def reference_spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
+    """The twin of ``combine_gpu.spread``."""
+    rows = x.index_select(0, copy // copies)
+    if weights is None:
+        return rows
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (rows.to(wide) * weights.reshape(-1, 1).index_select(0, copy).to(wide)).to(x.dtype)
+
+
+def reference_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
+    """The twin of ``combine_gpu.row_dots``."""
     wide = torch.promote_types(y.dtype, torch.float32)
-    rows, g = y.index_select(0, slot).to(wide).view(*weights.shape, y.shape[1]), g.to(wide).unsqueeze(1)
-    dy = torch.empty_like(y).index_copy(
-        0, slot, (g * weights.to(wide).unsqueeze(-1)).flatten(0, 1).to(y.dtype)
-    )
-    return dy, (rows * g).sum(-1).to(weights.dtype)
+    rows = y.index_select(0, slot).to(wide).view(-1, copies, y.shape[1])
+    return (rows * x.to(wide).unsqueeze(1)).sum(-1)
 
 
 def _fake(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
     return y.new_empty(slot.shape[0] // copies, y.shape[1])
-
-
-def reference_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
-    """The twin of ``combine_gpu.combine_pair``."""
-    return reference(y + other, slot, None, copies)
 
 
 @leaf("combine", fake=_fake, vmap=by_loop)
@@ -70,21 +71,22 @@ def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Ten
     return (combine_gpu.combine if _on_gpu(y) else reference)(y, slot, weights, copies)
 
 
-def _fake_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
-    return _fake(y, slot, None, copies)
+def _fake_spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
+    return x.new_empty(copy.shape[0], x.shape[1])
 
 
-@leaf("combine_pair", fake=_fake_pair, vmap=by_loop)
-def combine_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
-    """:func:`combine` of ``y + other``, that sum rounded to their dtype, without weights."""
-    return (combine_gpu.combine_pair if _on_gpu(y) else reference_pair)(y, other, slot, copies)
+@leaf("spread", fake=_fake_spread, vmap=by_loop)
+def spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
+    """``out[i] = weights.flatten()[copy[i]] * x[copy[i] // copies]``, (M, D) of the dtype of ``x``."""
+    return (combine_gpu.spread if _on_gpu(x) else reference_spread)(x, copy, weights, copies)
 
 
-def _fake_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), weights.new_empty(weights.shape)
+def _fake_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(slot.shape[0] // copies, copies, dtype=dtype)
 
 
-@leaf("combine_backward", fake=_fake_backward, vmap=by_loop)
-def combine_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``y`` and ``weights`` for the cotangent ``g`` (T, D) of :func:`combine`."""
-    return (combine_gpu.combine_backward if _on_gpu(y) else reference_backward)(y, slot, weights, g)
+@leaf("row_dots", fake=_fake_dots, vmap=by_loop)
+def row_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
+    """``out[t, j] = y[slot[t * copies + j]] . x[t]``, (T, copies) in float32 (float64 if ``y`` is)."""
+    return (combine_gpu.row_dots if _on_gpu(y) else reference_dots)(y, slot, x, copies)

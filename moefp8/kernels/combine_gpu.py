@@ -1,9 +1,11 @@
 """The kernels of ``combine.py``.
 
-Bytes an element of y in bf16, k rows to a token: forward 2 read and 2/k written. In torch the rows are
-gathered, widened, multiplied and summed, each a pass. Backward 2 + 2/k read and 2 written. Lane
-operations an element, about 4: the roofline is the copy speed.
+Bytes an element of the rows in bf16, k of them to a token: combine reads 2 and writes 2/k, spread the other
+way round, row_dots reads 2 + 2/k. In torch the rows are gathered, widened, multiplied and summed, each a
+pass. Lane operations an element, about 4: the roofline is the copy speed.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,9 +20,8 @@ _COLUMNS = 2048
 
 @triton.jit
 def _combine_kernel(
-    y, other, out, slot, weights, columns,
-    COPIES: tl.constexpr, WEIGHTED: tl.constexpr, PAIR: tl.constexpr,
-    HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
+    y, out, slot, weights, columns,
+    COPIES: tl.constexpr, WEIGHTED: tl.constexpr, HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: some columns of one token.
     token = tl.program_id(0)
@@ -30,8 +31,6 @@ def _combine_kernel(
     for j in tl.static_range(COPIES):
         at = tl.load(slot + token * COPIES + j) * columns + column
         row = load_wide(y, at, inside)
-        if PAIR:
-            row = rounded(row + load_wide(other, at, inside), y.dtype.element_ty, HARDWARE)
         if WEIGHTED:
             row = row * tl.load(weights + token * COPIES + j).to(tl.float32)
         if j == 0:
@@ -43,65 +42,71 @@ def _combine_kernel(
 
 
 @triton.jit
-def _combine_backward_kernel(
-    y, g, slot, weights, d_y, d_weights, columns,
-    COPIES: tl.constexpr, HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
+def _spread_kernel(
+    x, out, copy, weights, columns,
+    COPIES: tl.constexpr, WEIGHTED: tl.constexpr, HARDWARE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # One program: one row. The rows of a token follow one another, so that all but one find g in L2.
+    # One program: some columns of one row.
+    row = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    which = tl.load(copy + row)
+    value = load_wide(x, which // COPIES * columns + column, inside)
+    if WEIGHTED:
+        value = value * tl.load(weights + which).to(tl.float32)
+    value = rounded(value, out.dtype.element_ty, HARDWARE).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * columns + column, value, mask=inside)
+
+
+@triton.jit
+def _row_dots_kernel(y, x, slot, out, columns, COPIES: tl.constexpr, COLUMNS: tl.constexpr):
+    # One program: one row. The rows of a token follow one another, so that all but one find x in L2.
     copy = tl.program_id(0)
     from_row = tl.load(slot + copy) * columns
     from_token = (copy // COPIES).to(tl.int64) * columns
-    weight = tl.load(weights + copy).to(tl.float32)
     product = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < columns
-        cotangent = load_wide(g, from_token + column, inside)
-        product += load_wide(y, from_row + column, inside) * cotangent
-        value = rounded(cotangent * weight, d_y.dtype.element_ty, HARDWARE).to(d_y.dtype.element_ty)
-        tl.store(d_y + from_row + column, value, mask=inside)
-    tl.store(d_weights + copy, tl.sum(product, 0).to(d_weights.dtype.element_ty))
+        product += load_wide(y, from_row + column, inside) * load_wide(x, from_token + column, inside)
+    tl.store(out + copy, tl.sum(product, 0))
 
 
 def _columns(columns: int) -> int:
     return min(triton.next_power_of_2(columns), _COLUMNS)
 
 
-def _launch(y: Tensor, other: Tensor | None, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
-    tokens, columns = slot.shape[0] // copies, y.shape[1]
-    out = y.new_empty(tokens, columns)
+def _launch(
+    kernel: Any, rows: int, x: Tensor, index: Tensor, weights: Tensor | None, copies: int
+) -> Tensor:
+    out = x.new_empty(rows, x.shape[1])
     if out.numel():
-        piece = _columns(columns)
-        scores = out if weights is None else weights.contiguous()
-        second = out if other is None else other.contiguous()
-        _combine_kernel[(tokens, triton.cdiv(columns, piece))](
-            y.contiguous(), second, out, slot.contiguous(), scores, columns,
-            COPIES=copies, WEIGHTED=weights is not None, PAIR=other is not None,
-            HARDWARE=y.device.type == "cuda", COLUMNS=piece,
-            num_warps=max(piece // 512, 1), enable_fp_fusion=False,
+        piece = _columns(x.shape[1])
+        kernel[(rows, triton.cdiv(x.shape[1], piece))](
+            x.contiguous(), out, index.contiguous(), out if weights is None else weights.contiguous(),
+            x.shape[1], COPIES=copies, WEIGHTED=weights is not None, HARDWARE=x.device.type == "cuda",
+            COLUMNS=piece, num_warps=max(piece // 512, 1), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
 def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
     """See ``combine.combine``."""
-    return _launch(y, None, slot, weights, copies)
+    return _launch(_combine_kernel, slot.shape[0] // copies, y, slot, weights, copies)
 
 
-def combine_pair(y: Tensor, other: Tensor, slot: Tensor, copies: int) -> Tensor:
-    """See ``combine.combine_pair``."""
-    return _launch(y, other, slot, None, copies)
+def spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
+    """See ``combine.spread``."""
+    return _launch(_spread_kernel, copy.shape[0], x, copy, weights, copies)
 
 
-def combine_backward(y: Tensor, slot: Tensor, weights: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``combine.combine_backward``."""
-    y, g, slot, weights = y.contiguous(), g.contiguous(), slot.contiguous(), weights.contiguous()
-    d_y, d_weights = torch.empty_like(y), torch.zeros_like(weights)
+def row_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
+    """See ``combine.row_dots``."""
+    y, x, slot = y.contiguous(), x.contiguous(), slot.contiguous()
+    out = y.new_zeros(x.shape[0], copies, dtype=torch.float32)
     if y.numel():
         piece = _columns(y.shape[1])
-        _combine_backward_kernel[(y.shape[0],)](
-            y, g, slot, weights, d_y, d_weights, y.shape[1],
-            COPIES=weights.shape[1], HARDWARE=y.device.type == "cuda",
-            COLUMNS=piece, num_warps=max(piece // 512, 1), enable_fp_fusion=False,
-        )  # fmt: skip
-    return d_y, d_weights
+        _row_dots_kernel[(y.shape[0],)](
+            y, x, slot, out, y.shape[1], COPIES=copies, COLUMNS=piece, num_warps=max(piece // 512, 1)
+        )
+    return out

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import Recipe
 
 #: ``(w1, w2, w3)`` or ``(b1, b2, b3)``, in the order of their names.
@@ -39,11 +40,6 @@ def swiglu_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor,
     return (d * u * (s * (1 + g * (1 - s)))).to(gate.dtype), (d * (g * s)).to(up.dtype)
 
 
-def gather(x: Tensor, source: Tensor | None) -> Tensor:
-    """The sorted rows: row ``source[i]`` of ``x`` at i; ``x`` itself if it lies sorted already."""
-    return x if source is None else x.index_select(0, source)
-
-
 class Composed(NamedTuple):
     """Forward and backward of the feed-forward, see :class:`moefp8._dispatch.Implementation`."""
 
@@ -59,8 +55,7 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
     """
 
     def forward(
-        x: Tensor,
-        source: Tensor | None,
+        x: Gathered,
         weights: Three,
         biases: Three,
         offs: Tensor,
@@ -70,9 +65,9 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
         copies = ((), (), ()) if prepared is None else prepared
 
         def product(a: Tensor, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-            return rows_forward(a, weights[i].mT, offs, biases[i], recipe, x.dtype, copies[i])
+            return rows_forward(a, weights[i].mT, offs, biases[i], recipe, rows.dtype, copies[i])
 
-        rows = gather(x, source)
+        rows = x.rows()
         gate, kept1 = product(rows, 0)
         up, kept3 = product(rows, 2)
         out, kept2 = product(swiglu(gate, up), 1)
@@ -80,22 +75,21 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
 
     def backward(
         kept: Sequence[Tensor],
-        x: Tensor,
-        source: Tensor | None,
+        x: Gathered,
         weights: Three,
         biases: Three,
         offs: Tensor,
-        g: Tensor,
+        g: Gathered,
         recipe: Recipe,
         needed: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | tuple[Tensor, Tensor | None] | None, ...]:
         gate, up, *rest = kept
         each = len(rest) // 3  # the three products keep alike
         x_needed, w_needed, b_needed = needed[0], needed[1:4], needed[4:7]
 
         def product(a: Tensor, i: int, g: Tensor, a_needed: bool) -> tuple[Tensor | None, Tensor | None]:
             own, w = rest[i * each : (i + 1) * each], weights[i]
-            wanted, dtypes = (a_needed, w_needed[i]), (x.dtype, w.dtype)
+            wanted, dtypes = (a_needed, w_needed[i]), (x.data.dtype, w.dtype)
             da, db = rows_backward(own, a, w.mT, offs, g, recipe, wanted, dtypes)
             return da, None if db is None else db.mT
 
@@ -104,15 +98,16 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
 
         gate_needed = x_needed or w_needed[0] or b_needed[0]
         up_needed = x_needed or w_needed[2] or b_needed[2]
-        d_hidden, dw2 = product(swiglu(gate, up), 1, g, gate_needed or up_needed)
+        cotangent = g.rows()
+        d_hidden, dw2 = product(swiglu(gate, up), 1, cotangent, gate_needed or up_needed)
         dx = dw1 = dw3 = db1 = db3 = None
         if d_hidden is not None:
             d_gate, d_up = swiglu_backward(gate, up, d_hidden)
-            rows = gather(x, source)
+            rows = x.rows()
             dx1, dw1 = product(rows, 0, d_gate, x_needed)
             dx3, dw3 = product(rows, 2, d_up, x_needed)
-            dx = None if dx1 is None or dx3 is None else dx1 + dx3
+            dx = None if dx1 is None or dx3 is None else x.collect(dx1 + dx3)
             db1, db3 = bias(0, d_gate), bias(2, d_up)
-        return dx, dw1, dw2, dw3, db1, bias(1, g), db3
+        return dx, dw1, dw2, dw3, db1, bias(1, cotangent), db3
 
     return Composed(forward, backward)

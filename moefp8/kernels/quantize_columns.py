@@ -28,8 +28,10 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
+from moefp8.kernels._rows import places, scored
+from moefp8.kernels.gathered import Gathered
 from moefp8.kernels.plan import SEGMENT, Plan
-from moefp8.kernels.quantize_rows import RowQuantized, source_rows
+from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
 
@@ -39,8 +41,8 @@ TILE_COLUMNS = 128
 
 @triton.jit
 def quantize_tile(
-    x, source, data, scale, column_amax, poisoned, segments, block, tile, group, columns, stride,
-    padded_rows, SOURCED: tl.constexpr, OUT: tl.constexpr,
+    x, copy, scores, data, scale, column_amax, poisoned, segments, block, tile, group, columns, stride,
+    padded_rows, COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -51,10 +53,10 @@ def quantize_tile(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     row = start + tl.arange(0, ROWS)
-    v = tl.load(
-        x + source_rows(source, row, end, SOURCED)[:, None] * stride + column[None, :],
-        mask=(row < end)[:, None] & inside[None, :], other=0,
-    ).to(tl.float32)  # fmt: skip
+    at, score = places(copy, scores, row, end, stride, COPIES, SCORED)
+    here = (row < end)[:, None] & inside[None, :]
+    v = tl.load(x + at[:, None] + column[None, :], mask=here, other=0)
+    v = scored(v, score[:, None] if SCORED else score, x.dtype.element_ty, SCORED, HARDWARE)
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
     factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     code = encode(v * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
@@ -75,8 +77,8 @@ def quantize_tile(
 
 @triton.jit
 def _quantize_columns_kernel(
-    x, source, data, scale, column_amax, poisoned, segments, num_groups, columns, stride, padded_rows,
-    SOURCED: tl.constexpr, OUT: tl.constexpr,
+    x, copy, scores, data, scale, column_amax, poisoned, segments, num_groups, columns, stride, padded_rows,
+    COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -86,15 +88,17 @@ def _quantize_columns_kernel(
     group = tl.load(segments + 3 * block)
     if group < num_groups:
         quantize_tile(
-            x, source, data, scale, column_amax, poisoned, segments, block,
-            tl.program_id(0) % per_segment, group, columns, stride, padded_rows, SOURCED, OUT,
+            x, copy, scores, data, scale, column_amax, poisoned, segments, block,
+            tl.program_id(0) % per_segment, group, columns, stride, padded_rows, COPIES, SCORED, OUT,
             ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 def _fake(
     x: Tensor,
-    source: Tensor | None,
+    copy: Tensor | None,
+    scores: Tensor | None,
+    copies: int,
     segments: Tensor,
     column_amax: Tensor,
     poisoned: Tensor,
@@ -109,7 +113,9 @@ def _fake(
 @leaf("quantize_columns", fake=_fake, vmap=by_loop)
 def _quantize_columns(
     x: Tensor,
-    source: Tensor | None,
+    copy: Tensor | None,
+    scores: Tensor | None,
+    copies: int,
     segments: Tensor,
     column_amax: Tensor,
     poisoned: Tensor,
@@ -118,14 +124,15 @@ def _quantize_columns(
     rule: str,
 ) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    data, scale = _fake(x, source, segments, column_amax, poisoned, format, dtype, rule)
+    data, scale = _fake(x, copy, scores, copies, segments, column_amax, poisoned, format, dtype, rule)
     num_groups, columns = column_amax.shape
     launch = (segments.shape[0] * triton.cdiv(columns, TILE_COLUMNS),)
     if data.numel():
         _quantize_columns_kernel[launch](
-            x, segments if source is None else source, data.view(torch.uint8), scale, column_amax,
-            poisoned, segments, num_groups, columns, x.stride(0), data.shape[1],
-            SOURCED=source is not None, OUT=TRITON_DTYPES[dtype],
+            x, segments if copy is None else copy, x if scores is None else scores.contiguous(),
+            data.view(torch.uint8), scale, column_amax, poisoned, segments,
+            num_groups, columns, x.stride(0), data.shape[1],
+            COPIES=copies, SCORED=scores is not None, OUT=TRITON_DTYPES[dtype],
             **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
             ROWS=SEGMENT, COLUMNS=TILE_COLUMNS, num_warps=8,
         )  # fmt: skip
@@ -133,11 +140,9 @@ def _quantize_columns(
 
 
 def quantize_columns(
-    x: Tensor, plan: Plan, rows: RowQuantized, gemm: Gemm, *, source: Tensor | None = None
+    x: Tensor | Gathered, plan: Plan, rows: RowQuantized, gemm: Gemm
 ) -> tuple[Tensor, Tensor]:
     """Quantise ``x`` (M, K) along the rows of each group; ``rows`` is :func:`quantize_rows` of it.
-
-    Given ``source`` (M,), row i is ``x[source[i]]``.
 
     Returns:
         data: ``(K, P)`` float8, P = 128 times the segment blocks; group g has its columns
@@ -145,7 +150,13 @@ def quantize_columns(
         scale: ``(G, K)`` float32; rows of empty groups are not written.
     """
     return _quantize_columns(
-        x, source, plan.segments, rows.column_amax, rows.poisoned, gemm.format, gemm.dtype, gemm.rule
+        *Gathered.of(x).operands(),
+        plan.segments,
+        rows.column_amax,
+        rows.poisoned,
+        gemm.format,
+        gemm.dtype,
+        gemm.rule,
     )
 
 

@@ -45,6 +45,8 @@ from moefp8.kernels._pieces import (
     row_maxima,
     store_maxima,
 )
+from moefp8.kernels._rows import places, scored
+from moefp8.kernels.gathered import Gathered
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
@@ -54,17 +56,9 @@ MAX_COLUMNS = 32768
 
 
 @triton.jit
-def source_rows(source, row, end, SOURCED: tl.constexpr):
-    """Where rows lie in the input: themselves, or where ``source`` says, as int64."""
-    if SOURCED:
-        return tl.load(source + row, mask=row < end, other=0).to(tl.int64)
-    return row.to(tl.int64)
-
-
-@triton.jit
 def _quantize_rows_kernel(
-    x, source, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
-    SOURCED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    x, copy, scores, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+    COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr,
@@ -80,11 +74,13 @@ def _quantize_rows_kernel(
         for first in range(0, BAND, ROWS):
             row = start + first + tl.arange(0, ROWS)
             real = (row < end)[:, None]
-            at = source_rows(source, row, end, SOURCED)[:, None] * stride
+            at, score = places(copy, scores, row, end, stride, COPIES, SCORED)
             values, bits = (), ()
             for p in tl.static_range(PIECES):
                 column = columns_of(p, LANES)
-                v = tl.load(x + at + column, mask=real & (column < columns), other=0)
+                v = tl.load(x + at[:, None] + column, mask=real & (column < columns), other=0)
+                if SCORED:
+                    v = scored(v, score[:, None], dtype, True, HARDWARE).to(dtype)
                 values = appended(values, v)
                 bits = appended(bits, narrow_bits(v, HARDWARE))
             if COLUMN_AMAX:
@@ -106,8 +102,8 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _repair_poisoned_kernel(
-    x, source, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
-    SOURCED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
+    x, copy, scores, data, scale, band_amax, band_poisoned, segments, num_groups, columns, stride,
+    COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, BAND: tl.constexpr, COLUMNS: tl.constexpr,
@@ -125,8 +121,9 @@ def _repair_poisoned_kernel(
             for i in range(MX_BLOCK):
                 row = start.to(tl.int64) + first + i
                 here = column < tl.where(row < end, columns, 0)
-                at = source_rows(source, row, end, SOURCED) * stride
-                v = tl.load(x + at + column, mask=here, other=0).to(tl.float32)
+                at, score = places(copy, scores, row, end, stride, COPIES, SCORED)
+                v = tl.load(x + at + column, mask=here, other=0)
+                v = scored(v, score, x.dtype.element_ty, SCORED, HARDWARE)
                 inner = tl.maximum(inner, magnitude_bits(v))
                 healthy_row(
                     v, data, scale, row, end, columns, here,
@@ -157,7 +154,9 @@ class RowQuantized(NamedTuple):
 
 def _fake(
     x: Tensor,
-    source: Tensor | None,
+    copy: Tensor | None,
+    scores: Tensor | None,
+    copies: int,
     segments: Tensor,
     ends: Tensor,
     format: str,
@@ -165,7 +164,7 @@ def _fake(
     rule: str,
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = x.shape[0] if source is None else source.shape[0], x.shape[1]
+    rows, columns = (x if copy is None else copy).shape[0], x.shape[1]
     return (
         x.new_empty(rows, columns, dtype=dtype),
         x.new_empty(rows, dtype=torch.float32),
@@ -177,7 +176,9 @@ def _fake(
 @leaf("quantize_rows", fake=_fake, vmap=by_loop)
 def _quantize_rows(
     x: Tensor,
-    source: Tensor | None,
+    copy: Tensor | None,
+    scores: Tensor | None,
+    copies: int,
     segments: Tensor,
     ends: Tensor,
     format: str,
@@ -186,7 +187,9 @@ def _quantize_rows(
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    data, scale, amax, poisoned = _fake(x, source, segments, ends, format, dtype, rule, column_amax)
+    data, scale, amax, poisoned = _fake(
+        x, copy, scores, copies, segments, ends, format, dtype, rule, column_amax
+    )
     if data.numel() == 0:
         return data, scale, amax.zero_(), poisoned.zero_()
     columns, num_groups = x.shape[1], ends.shape[0]
@@ -194,11 +197,11 @@ def _quantize_rows(
     bands = segments.shape[0] * (SEGMENT // how.band)
     band_amax, band_poisoned = empty_bands(x, segments, how.band, column_amax)
     arguments = (
-        x, segments if source is None else source, data.view(torch.uint8), scale,
-        band_amax, band_poisoned, segments, num_groups, columns, x.stride(0),
+        x, segments if copy is None else copy, x if scores is None else scores.contiguous(),
+        data.view(torch.uint8), scale, band_amax, band_poisoned, segments, num_groups, columns, x.stride(0),
     )  # fmt: skip
     common = dict(
-        SOURCED=source is not None, OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
+        COPIES=copies, SCORED=scores is not None, OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
         SEGMENT=SEGMENT, BAND=how.band, num_warps=how.warps,
     )  # fmt: skip
@@ -209,18 +212,10 @@ def _quantize_rows(
     return data, scale, amax, poisoned
 
 
-def quantize_rows(
-    x: Tensor, plan: Plan, gemm: Gemm, *, column_amax: bool, source: Tensor | None = None
-) -> RowQuantized:
-    """Quantise ``x`` (M, K), grouped by ``plan``, with one scale a row.
-
-    Given ``source`` (M,), row i is ``x[source[i]]``, as if ``x.index_select(0, source)`` came in.
-    """
-    return RowQuantized(
-        *_quantize_rows(
-            x, source, plan.segments, plan.ends, gemm.format, gemm.dtype, gemm.rule, column_amax
-        )
-    )
+def quantize_rows(x: Tensor | Gathered, plan: Plan, gemm: Gemm, *, column_amax: bool) -> RowQuantized:
+    """Quantise ``x`` (M, K), grouped by ``plan``, with one scale a row."""
+    how = gemm.format, gemm.dtype, gemm.rule, column_amax
+    return RowQuantized(*_quantize_rows(*Gathered.of(x).operands(), plan.segments, plan.ends, *how))
 
 
 def reference(x: Tensor, offs: Tensor, gemm: Gemm) -> RowQuantized:

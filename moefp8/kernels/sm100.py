@@ -225,5 +225,6 @@ IMPLEMENTATION = Implementation(
     rows_backward=rows_backward,
     ffn_forward=_FFN.forward,
     ffn_backward=_FFN.backward,
+    ffn_keeps_rows=lambda recipe: True,
     quantize_weights=quantize_weights,
 )

@@ -28,7 +28,7 @@ from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
 from moefp8.kernels.reference import high_precision
 from moefp8.kernels.refusals import refuse_device, refuse_dtypes, refuse_products, refuse_sizes
-from moefp8.kernels.sm90_ffn import fuse
+from moefp8.kernels.sm90_ffn import fuse, keeps_rows
 from moefp8.kernels.sm90_operands import (
     both_ways,
     contract,
@@ -199,6 +199,7 @@ IMPLEMENTATION = Implementation(
     rows_backward=rows_backward,
     ffn_forward=_FFN.forward,
     ffn_backward=_FFN.backward,
+    ffn_keeps_rows=keeps_rows,
     quantize_weights=quantize_weights,
     native_group=-1,
 )

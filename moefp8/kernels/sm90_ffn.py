@@ -9,10 +9,11 @@ Where a recipe multiplies all three products in FP8::
                         swiglu_backward_columns  -> dw1, dw3, dw2
                x        quantize_columns         -> dw1 and dw3
 
-Kept for the backward are gate and up, and maxima. The copy of x along its rows, and the copies of the
-weights for dgrad, are made in the backward: they cost the same there, and the forward keeps neither
-them nor, without a backward, pays for them. Other recipes run the three products one by one
-(``ffn.compose``), whose bits these are.
+Kept for the backward are gate and up, and maxima. The copies of the weights for dgrad are made in the
+backward: they cost the same there, and the forward keeps neither them nor, without a backward, pays for
+them. So is the copy of x for dw1 and dw3 where x are tokens, which a layer keeps for its router anyway.
+Where x are the rows themselves, their codes are kept in their place, half the size. Other recipes run the
+three products one by one (``ffn.compose``), whose bits these are.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from moefp8.kernels import ffn
 from moefp8.kernels.ffn import Composed, Three
+from moefp8.kernels.gathered import Gathered
 from moefp8.kernels.gemm import Weights, gemm_rows, gemm_rows_sum, tile_rows
 from moefp8.kernels.group_sum import group_sum
 from moefp8.kernels.plan import Plan, plan
@@ -71,16 +73,24 @@ def _maxima(kept: Sequence[Tensor]) -> RowQuantized:
     return RowQuantized(kept[0], kept[0], *kept)
 
 
+def _keeps_codes(x: Gathered) -> bool:
+    return x.copy is None
+
+
 def _served(recipe: Recipe) -> bool:
     return all(in_fp8(gemm) for gemm in recipe)
+
+
+def keeps_rows(recipe: Recipe) -> bool:
+    """Whether the backward reads rows that are no copies of tokens, rather than their codes."""
+    return not _served(recipe)
 
 
 def fuse(composed: Composed) -> Composed:
     """The fused feed-forward, and ``composed`` for recipes that it does not serve."""
 
     def forward(
-        x: Tensor,
-        source: Tensor | None,
+        x: Gathered,
         weights: Three,
         biases: Three,
         offs: Tensor,
@@ -88,48 +98,51 @@ def fuse(composed: Composed) -> Composed:
         prepared: Sequence[Sequence[Tensor]] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not _served(recipe):
-            return composed.forward(x, source, weights, biases, offs, recipe, prepared)
-        count = x.shape[0] if source is None else source.shape[0]
-        layout = plan(offs, count, tile_rows(x.device))
+            return composed.forward(x, weights, biases, offs, recipe, prepared)
+        layout, dtype = plan(offs, x.shape[0], tile_rows(offs.device)), x.data.dtype
         copies = prepared or ((), (), ())
         (w1, kept1), (w2, kept2), (w3, kept3) = (
             _for_forward(w, recipe, copy) for w, copy in zip(weights, copies, strict=True)
         )
 
         def product(a: RowQuantized, w: Weights, bias: Tensor | None) -> Tensor:
-            return gemm_rows(a.data, a.scale, w, layout.tiles, bias, x.dtype, recipe.fwd.promote)
+            return gemm_rows(a.data, a.scale, w, layout.tiles, bias, dtype, recipe.fwd.promote)
 
-        by_row = quantize_rows(x, layout, recipe.fwd, column_amax=True, source=source)
+        by_row = quantize_rows(x, layout, recipe.fwd, column_amax=True)
+        if _keeps_codes(x):
+            for_wgrad = quantize_columns(x, layout, by_row, recipe.wgrad)
+        else:
+            for_wgrad = by_row.column_amax, by_row.poisoned
         gate, up = product(by_row, w1, biases[0]), product(by_row, w3, biases[2])
+        del by_row
         hidden = swiglu_rows(gate, up, layout, recipe.fwd, column_amax=True)
         out = product(hidden, w2, biases[1])
-        maxima = (by_row.column_amax, by_row.poisoned, hidden.column_amax, hidden.poisoned)
-        return out, (gate, up, *layout, *maxima, *kept1, *kept2, *kept3)
+        maxima = hidden.column_amax, hidden.poisoned
+        return out, (gate, up, *layout, *for_wgrad, *maxima, *kept1, *kept2, *kept3)
 
     def backward(
         kept: Sequence[Tensor],
-        x: Tensor,
-        source: Tensor | None,
+        x: Gathered,
         weights: Three,
         biases: Three,
         offs: Tensor,
-        g: Tensor,
+        g: Gathered,
         recipe: Recipe,
         needed: Sequence[bool],
-    ) -> tuple[Tensor | tuple[Tensor, Tensor] | None, ...]:
+    ) -> tuple[Tensor | tuple[Tensor, Tensor | None] | None, ...]:
         if not _served(recipe):
-            return composed.backward(kept, x, source, weights, biases, offs, g, recipe, needed)
-        _, dgrad, wgrad = recipe
+            return composed.backward(kept, x, weights, biases, offs, g, recipe, needed)
+        (_, dgrad, wgrad), dtype = recipe, x.data.dtype
         gate, up = kept[:2]
-        layout, x_maxima, hidden_maxima = Plan(*kept[2:6]), _maxima(kept[6:8]), _maxima(kept[8:10])
+        layout, x_kept, hidden_maxima = Plan(*kept[2:6]), kept[6:8], _maxima(kept[8:10])
         x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed = needed
 
         def factors(rows: RowQuantized, i: int) -> tuple[Tensor, Tensor, Weights]:
             return rows.data, rows.scale, _for_backward(weights[i], kept[10 + 2 * i : 12 + 2 * i], recipe)
 
-        def input_gradient(d_gate: RowQuantized, d_up: RowQuantized) -> Tensor:
+        def input_gradient(d_gate: RowQuantized, d_up: RowQuantized) -> tuple[Tensor, Tensor | None]:
             products = factors(d_gate, 0), factors(d_up, 2)
-            return gemm_rows_sum(*products, layout.tiles, x.dtype, dgrad.promote)
+            return x.collect(gemm_rows_sum(*products, layout.tiles, dtype, dgrad.promote))
 
         def weight_gradient(i: int, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
             w = weights[i]
@@ -139,18 +152,18 @@ def fuse(composed: Composed) -> Composed:
             return group_sum(cotangent, offs).to(biases[i].dtype)
 
         dx = dw1 = dw2 = dw3 = db1 = db3 = None
-        db2 = bias_gradient(1, g) if b2_needed else None
+        db2 = bias_gradient(1, g.rows()) if b2_needed else None
         any_weight = w1_needed or w2_needed or w3_needed
         through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
         if not (through or w2_needed):
             return dx, dw1, dw2, dw3, db1, db2, db3
         # What is large lives as short as it can. So the gradient of x comes as soon as it can be worked
         # out, for that sets the codes of two (M, H) free, or last where it is larger than those.
-        early = x.shape[1] < weights[0].shape[1]
+        early = g.data.numel() < g.shape[0] * weights[0].shape[1]
         by_row = quantize_rows(g, layout, dgrad, column_amax=w2_needed)
         g_maxima = _maxima((by_row.column_amax, by_row.poisoned))
         if through:
-            d_hidden = gemm_rows(*factors(by_row, 1), layout.tiles, None, x.dtype, dgrad.promote)
+            d_hidden = gemm_rows(*factors(by_row, 1), layout.tiles, None, dtype, dgrad.promote)
             del by_row
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
             if x_needed and early:
@@ -174,7 +187,7 @@ def fuse(composed: Composed) -> Composed:
         if any_weight:
             del hidden_columns
         if w1_needed or w3_needed:
-            x_columns = quantize_columns(x, layout, x_maxima, wgrad, source=source)
+            x_columns = x_kept if _keeps_codes(x) else quantize_columns(x, layout, _maxima(x_kept), wgrad)
             dw1 = weight_gradient(0, x_columns, gate_columns) if w1_needed else None
             dw3 = weight_gradient(2, x_columns, up_columns) if w3_needed else None
             del x_columns

@@ -120,7 +120,8 @@ def _fake(
     hidden_amax: Tensor, hidden_poisoned: Tensor, format: str, dtype: torch.dtype, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def one() -> tuple[Tensor, Tensor]:
-        return quantize_columns._fake(gate, None, segments, gate_amax, gate_poisoned, format, dtype, rule)
+        found = segments, gate_amax, gate_poisoned
+        return quantize_columns._fake(gate, None, None, 0, *found, format, dtype, rule)
 
     return (*one(), *one(), *one())
 

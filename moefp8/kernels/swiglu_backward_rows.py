@@ -195,7 +195,7 @@ def _fake(
     format: str, dtype: torch.dtype, rule: str, column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def one() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return quantize_rows._fake(gate, None, segments, ends, format, dtype, rule, column_amax)
+        return quantize_rows._fake(gate, None, None, 0, segments, ends, format, dtype, rule, column_amax)
 
     return (*one(), *one())
 

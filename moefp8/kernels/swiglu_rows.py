@@ -118,7 +118,7 @@ def _fake(
     rule: str,
     column_amax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return quantize_rows._fake(gate, None, segments, ends, format, dtype, rule, column_amax)
+    return quantize_rows._fake(gate, None, None, 0, segments, ends, format, dtype, rule, column_amax)
 
 
 @leaf("swiglu_rows", fake=_fake, vmap=by_loop)
