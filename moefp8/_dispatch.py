@@ -55,8 +55,8 @@ class Implementation(NamedTuple):
     #: what ``quantize_weights`` gave for each weight. ``kept`` is for the backward; it may hold operands.
     ffn_forward: Callable
     #: ``ffn_backward(kept, x, weights, biases, offs, g, recipe, needed) -> gradients`` of ``x`` (what
-    #: ``x.collect`` gives), w1, w2, w3, b1, b2, b3; None where not ``needed`` (seven bools). ``g`` is the
-    #: cotangent of ``out``, ``Gathered``.
+    #: ``x.collect`` gives), w1, w2, w3, b1, b2, b3 and ``g.scores``; None where not ``needed`` (eight
+    #: bools). ``g`` is the cotangent of ``out``, ``Gathered``.
     ffn_backward: Callable
     #: ``ffn_keeps_rows(recipe)``: whether ``ffn_backward`` reads ``x`` where that are the rows themselves.
     #: If not, only their width and dtype need be kept.

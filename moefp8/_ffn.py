@@ -10,7 +10,7 @@ from moefp8._custom_vjp import custom_vjp, non_differentiable
 from moefp8._dispatch import Implementation, choose, ffn_requests
 from moefp8._operands import Asked
 from moefp8.kernels import REGISTRY
-from moefp8.kernels.combine import combine, row_dots
+from moefp8.kernels.combine import combine
 from moefp8.kernels.ffn import Three, swiglu, swiglu_backward
 from moefp8.kernels.gathered import Gathered
 from moefp8.quantized import QuantizedParams, check_quantized, unchanged
@@ -122,10 +122,7 @@ def _ffn_fwd(static: FFN, *flat: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         if not (static.probed or static.products.ffn_keeps_rows(static.recipe)):
             flat = (x.x.new_empty(0, x.x.shape[1]), *flat[1:])
         return out, (*flat, *kept)
-    on_output = static.side == "output"
-    y = combine(out, x.slot, x.scores if on_output else None, static.copies)
-    # What a token's rows came to is read again for the gradient of its scores.
-    return y, (*flat, *kept, out) if on_output else (*flat, *kept)
+    return combine(out, x.slot, x.back(static, out).scores, static.copies), (*flat, *kept)
 
 
 def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Sequence[Tensor | None]:
@@ -140,15 +137,11 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
     x_needed, *weights_needed = (next(wants) for _ in range(4))
     biases_needed = [next(wants) if has else False for has in static.has_bias]
     _, _, _, scores_needed = (next(wants) if n == 0 or static.copies else False for n in range(4))
-    d_scores = None
-    if static.side == "output":
-        kept, out = kept[:-1], kept[-1]
-        if scores_needed and x.scores is not None:
-            d_scores = row_dots(out, x.slot, g, static.copies).to(x.scores.dtype)
-    into_needed = x_needed or (static.side == "input" and scores_needed)
-    into, *gradients = static.products.ffn_backward(
+    on_output = scores_needed and static.side == "output"
+    into_needed = x_needed or (scores_needed and static.side == "input")
+    into, *gradients, d_scores = static.products.ffn_backward(
         kept, x.into(static), x.weights, x.biases, x.offs, x.back(static, g), static.recipe,
-        (into_needed, *weights_needed, *biases_needed),
+        (into_needed, *weights_needed, *biases_needed, on_output),
     )  # fmt: skip
     dx = None
     if into is not None:

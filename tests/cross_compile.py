@@ -161,7 +161,7 @@ def feed_forward(implementation, recipe):
     copy, scores = torch.empty(2 * tokens, dtype=torch.int64), torch.empty(tokens, 2)
     rows = Gathered(x, copy, copy, 2, scores)
     _, kept = implementation.ffn_forward(rows, weights, none, offs, recipe, None)
-    needed = (*(True,) * 4, *(False,) * 3)
+    needed = (*(True,) * 4, *(False,) * 3, True)
     implementation.ffn_backward(kept, rows, weights, none, offs, rows, recipe, needed)
 
 

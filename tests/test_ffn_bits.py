@@ -11,6 +11,7 @@ from torch.func import vjp
 
 from moefp8 import expert_ffn, moe_ffn, route, scaled_grouped_mm
 from moefp8._custom_vjp import custom_vjp
+from moefp8._ffn import Routed, ffn
 from moefp8.kernels.sm90 import in_fp8
 from moefp8.moe import combine_rows, gather_rows, sort_by_expert
 from moefp8.recipe import MXFP8, PRESETS, Recipe
@@ -109,24 +110,29 @@ def test_the_layer_is_gather_by_hand_and_combine(variant, dtype):
     """moe_ffn hands the order of the rows over instead of the rows; the copies of a token add up as in
     the transpose of a gather. Scores on the input: with one copy, so that scaling is the only rounding."""
     config, params = VARIANTS[variant].config, make(VARIANTS[variant], dtype=dtype)
-    params = {name: p for name, p in params.items() if name != "shared"}
     config = config._replace(shared_hidden=0)
+    params = {name: p for name, p in params.items() if name != "shared"}
     x, g = tokens(13, dtype=dtype), tokens(13, seed=2, dtype=dtype)
+    routing = route(params, x, config)
+    order, weights = sort_by_expert(routing.indices, config.num_experts), routing.weights
+    experts = {name: p for name, p in params.items() if name in ("w1", "w2", "w3", "b1", "b2", "b3")}
 
     def layer(params, x):
-        routing = route(params, x, config)
-        order = sort_by_expert(routing.indices, config.num_experts)
-        into, weights = gather_rows(x, order, config.top_k), routing.weights
+        into = gather_rows(x, order, config.top_k)
         if config.scores_on == "input":
             into = (into * weights.reshape(-1, 1)[order.source]).to(dtype)
         rows = by_hand(params, into, order.offs, recipe=MXFP8)
         return combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
 
-    want, want_vjp = vjp(layer, params, x)
-    got, got_vjp = vjp(lambda p, x: moe_ffn(p, x, config=config)[0], params, x)
+    def fused(params, x):
+        routed = Routed(order.source, order.slot, weights, config.scores_on)
+        return ffn(params, x, order.offs, MXFP8, None, routed=routed)
+
+    want, want_vjp = vjp(layer, experts, x)
+    got, got_vjp = vjp(fused, experts, x)
     assert torch.equal(got, want)
+    assert torch.equal(got, moe_ffn(params, x, config=config)[0])
     (got_params, got_x), (want_params, want_x) = got_vjp(g), want_vjp(g)
-    # The router takes part in the gradient of x, added to that of the experts in another order.
     assert torch.equal(got_x, want_x)
     for name, gradient in want_params.items():
         assert torch.equal(got_params[name], gradient), name

@@ -56,6 +56,20 @@ def test_row_dots(shape, dtype, device):
         assert ((dots.double() - terms.sum(-1)).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 48), (3, 2064), (0, 32)])
+def test_swiglu_dots(shape, dtype, device):
+    """Within a rounding for each of the n terms, and a few for the sigmoid in each."""
+    gate, up, x = (draw(shape, device, dtype=dtype, seed=seed) for seed in range(3))
+    g = gate.double()
+    terms = g * g.sigmoid() * up.double() * x.double()
+    # exp, division and two products: 8 units in the last place between them.
+    limit = (shape[1] + 9) * 2.0**-24 * terms.abs().sum(-1) + 2.0**-120
+    for dots in (f(gate, up, x) for f in (combine_gpu.swiglu_dots, combine.reference_swiglu_dots)):
+        assert dots.dtype == torch.float32
+        assert ((dots.double() - terms.sum(-1)).abs() <= limit).all()
+
+
 def test_they_are_transposes(device):
     """<combine(y), x> = <y, spread(x)> = <weights, row_dots>, on numbers for which every sum is exact."""
     generator = torch.Generator().manual_seed(0)

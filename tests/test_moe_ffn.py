@@ -68,7 +68,9 @@ def test_quantised_equals_each_expert_alone_under_the_same_recipe(variant, name)
     """Expert by expert with the dense product, whose quantisation is tested elsewhere.
 
     The expert weights' gradients see the same operands in both, and blocks that start at the
-    expert's first row, so they agree to the order of summation of 24 tokens or less.
+    expert's first row, so they agree to the order of summation of 24 tokens or less. Gradients of scores
+    on the output come through the quantised products of the backward instead of the forward's: those of
+    the router, and of x through it, are within the noise of that (test_moe_gradients.py), not of order.
     """
     config, recipe = variant.config, PRESETS[name]
     params, x, g = (
@@ -106,7 +108,10 @@ def test_quantised_equals_each_expert_alone_under_the_same_recipe(variant, name)
     agree(got, want.detach(), order)
     gradients = pytree.tree_leaves_with_path(pullback(g))
     for (key, value), leaf in zip(gradients, leaves, strict=True):
-        if leaf.grad is None or not leaf.grad.any():
+        of_scores = config.scores_on == "output" and ("router" in str(key) or leaf is leaves[-1])
+        if of_scores:
+            assert value.any(), key
+        elif leaf.grad is None or not leaf.grad.any():
             assert not value.any(), key
         else:
             agree(value, leaf.grad, order)

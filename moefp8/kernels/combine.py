@@ -1,13 +1,14 @@
-"""Add up the rows that belong to each token, in one pass, and the transpose of that.
+"""Add up the rows that belong to each token, in one pass, the transpose of that, and its weights' gradient.
 
     combine   out[t]          = sum over j of  weights[t, j] * y[slot[t k + j]]
     spread    out[i]          = weights[t, j] * x[t]               where copy[i] = t k + j
     row_dots  out[t, j]       = y[slot[t k + j]] . x[t]            gradient of weights
+    swiglu_dots  out[i]       = (silu(gate[i]) up[i]) . x[i]       the same behind a feed-forward
 
 Weights may be left out. Computed in float32, combine one addition after the other in the order of j, and
 rounded once: the result depends neither on the device nor on how a library sums. Here are the
-definitions, in torch; on a GPU ``combine_gpu.py`` runs instead, with the same bits but for row_dots,
-whose long sum it takes in another order.
+definitions, in torch; on a GPU ``combine_gpu.py`` runs instead, with the same bits but for the dots,
+whose long sums it takes in another order.
 """
 
 from importlib.util import find_spec
@@ -90,3 +91,20 @@ def _fake_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
 def row_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
     """``out[t, j] = y[slot[t * copies + j]] . x[t]``, (T, copies) in float32 (float64 if ``y`` is)."""
     return (combine_gpu.row_dots if _on_gpu(y) else reference_dots)(y, slot, x, copies)
+
+
+def reference_swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    """The twin of ``combine_gpu.swiglu_dots``."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g = gate.to(wide)
+    return (g * g.sigmoid() * up.to(wide) * x.to(wide)).sum(-1)
+
+
+def _fake_swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape[0], dtype=torch.promote_types(gate.dtype, torch.float32))
+
+
+@leaf("swiglu_dots", fake=_fake_swiglu_dots, vmap=by_loop)
+def swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    """``out[i] = sum over h of silu(gate[i, h]) * up[i, h] * x[i, h]``, (M,), at least float32."""
+    return (combine_gpu.swiglu_dots if _on_gpu(gate) else reference_swiglu_dots)(gate, up, x)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moefp8.groups import group_ids
+from moefp8.kernels.combine import swiglu_dots
 from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import Recipe
 
@@ -38,6 +40,32 @@ def swiglu_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor,
     g, u, d = gate.to(wide), up.to(wide), d_hidden.to(wide)
     s = g.sigmoid()
     return (d * u * (s * (1 + g * (1 - s)))).to(gate.dtype), (d * (g * s)).to(up.dtype)
+
+
+def score_gradient(
+    gate: Tensor, up: Tensor, d_hidden: Tensor, g: Gathered, b2: Tensor | None, offs: Tensor
+) -> Tensor:
+    """Gradient of the scores that ``out`` is weighted with, (T, copies), for the cotangent ``g``.
+
+    It is the product of a row of ``out`` with its token's cotangent, and the cotangent ``d_hidden`` has the
+    other half of that already, times the score::
+
+        out . g = (hidden w2^T + b2) . g = hidden . d_hidden / score + b2 . g
+
+    so nothing of width D is kept for it. Where a score is 0 that is not known, and the first part of the
+    gradient is 0: it is multiplied by the score's own derivative, which is 0 there for softmax and sigmoid.
+    """
+    scores, slot = g.scores, g.slot
+    if scores is None or slot is None:
+        raise ValueError("g: has no scores")
+    dots = swiglu_dots(gate, up, d_hidden).index_select(0, slot).view(scores.shape)
+    gradient = torch.where(scores == 0, 0, dots / scores)
+    if b2 is not None:
+        by_expert = g.data.to(gradient.dtype) @ b2.to(gradient.dtype).mT
+        owner = group_ids(offs, slot.shape[0]).index_select(0, slot).view(scores.shape)
+        own = by_expert.gather(1, owner.clamp(max=b2.shape[0] - 1))
+        gradient = gradient + torch.where(owner < b2.shape[0], own, 0)
+    return gradient.to(scores.dtype)
 
 
 class Composed(NamedTuple):
@@ -85,7 +113,7 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
     ) -> tuple[Tensor | tuple[Tensor, Tensor | None] | None, ...]:
         gate, up, *rest = kept
         each = len(rest) // 3  # the three products keep alike
-        x_needed, w_needed, b_needed = needed[0], needed[1:4], needed[4:7]
+        x_needed, w_needed, b_needed, scores_needed = needed[0], needed[1:4], needed[4:7], needed[7]
 
         def product(a: Tensor, i: int, g: Tensor, a_needed: bool) -> tuple[Tensor | None, Tensor | None]:
             own, w = rest[i * each : (i + 1) * each], weights[i]
@@ -99,15 +127,18 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
         gate_needed = x_needed or w_needed[0] or b_needed[0]
         up_needed = x_needed or w_needed[2] or b_needed[2]
         cotangent = g.rows()
-        d_hidden, dw2 = product(swiglu(gate, up), 1, cotangent, gate_needed or up_needed)
-        dx = dw1 = dw3 = db1 = db3 = None
-        if d_hidden is not None:
+        through = gate_needed or up_needed or scores_needed
+        d_hidden, dw2 = product(swiglu(gate, up), 1, cotangent, through)
+        d_scores = dx = dw1 = dw3 = db1 = db3 = None
+        if d_hidden is not None and scores_needed:
+            d_scores = score_gradient(gate, up, d_hidden, g, biases[1], offs)
+        if d_hidden is not None and (gate_needed or up_needed):
             d_gate, d_up = swiglu_backward(gate, up, d_hidden)
             rows = x.rows()
             dx1, dw1 = product(rows, 0, d_gate, x_needed)
             dx3, dw3 = product(rows, 2, d_up, x_needed)
             dx = None if dx1 is None or dx3 is None else x.collect(dx1 + dx3)
             db1, db3 = bias(0, d_gate), bias(2, d_up)
-        return dx, dw1, dw2, dw3, db1, bias(1, cotangent), db3
+        return dx, dw1, dw2, dw3, db1, bias(1, cotangent), db3, d_scores
 
     return Composed(forward, backward)

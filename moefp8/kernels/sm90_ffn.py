@@ -135,7 +135,7 @@ def fuse(composed: Composed) -> Composed:
         (_, dgrad, wgrad), dtype = recipe, x.data.dtype
         gate, up = kept[:2]
         layout, x_kept, hidden_maxima = Plan(*kept[2:6]), kept[6:8], _maxima(kept[8:10])
-        x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed = needed
+        x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed, scores_needed = needed
 
         def factors(rows: RowQuantized, i: int) -> tuple[Tensor, Tensor, Weights]:
             return rows.data, rows.scale, _for_backward(weights[i], kept[10 + 2 * i : 12 + 2 * i], recipe)
@@ -151,12 +151,12 @@ def fuse(composed: Composed) -> Composed:
         def bias_gradient(i: int, cotangent: Tensor) -> Tensor:
             return group_sum(cotangent, offs).to(biases[i].dtype)
 
-        dx = dw1 = dw2 = dw3 = db1 = db3 = None
+        dx = dw1 = dw2 = dw3 = db1 = db3 = d_scores = None
         db2 = bias_gradient(1, g.rows()) if b2_needed else None
         any_weight = w1_needed or w2_needed or w3_needed
-        through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed
+        through = x_needed or w1_needed or w3_needed or b1_needed or b3_needed or scores_needed
         if not (through or w2_needed):
-            return dx, dw1, dw2, dw3, db1, db2, db3
+            return dx, dw1, dw2, dw3, db1, db2, db3, d_scores
         # What is large lives as short as it can. So the gradient of x comes as soon as it can be worked
         # out, for that sets the codes of two (M, H) free, or last where it is larger than those.
         early = g.data.numel() < g.shape[0] * weights[0].shape[1]
@@ -165,6 +165,8 @@ def fuse(composed: Composed) -> Composed:
         if through:
             d_hidden = gemm_rows(*factors(by_row, 1), layout.tiles, None, dtype, dgrad.promote)
             del by_row
+            if scores_needed:
+                d_scores = ffn.score_gradient(gate, up, d_hidden, g, biases[1], offs)
             d_gate, d_up = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
             if x_needed and early:
                 dx = input_gradient(d_gate, d_up)
@@ -189,12 +191,13 @@ def fuse(composed: Composed) -> Composed:
         if w1_needed or w3_needed:
             x_columns = x_kept if _keeps_codes(x) else quantize_columns(x, layout, _maxima(x_kept), wgrad)
             dw1 = weight_gradient(0, x_columns, gate_columns) if w1_needed else None
+            del gate_columns
             dw3 = weight_gradient(2, x_columns, up_columns) if w3_needed else None
-            del x_columns
-        if through and any_weight:
+            del x_columns, up_columns
+        elif through and any_weight:
             del gate_columns, up_columns
         if x_needed and not early:
             dx = input_gradient(d_gate, d_up)
-        return dx, dw1, dw2, dw3, db1, db2, db3
+        return dx, dw1, dw2, dw3, db1, db2, db3, d_scores
 
     return Composed(forward, backward)
