@@ -54,9 +54,9 @@ def healthy_row(
 @triton.jit
 def _reduce_bands_kernel(
     column_amax, poisoned, band_amax, band_poisoned, ends, columns,
-    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr,
+    BAND: tl.constexpr, BANDS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    # One program: some columns of one group, over every so many-th 32 bands of its segment.
+    # One program: some columns of one group, over every SPLIT-th 32 bands of its segment.
     group = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -64,15 +64,19 @@ def _reduce_bands_kernel(
     count = tl.load(ends + group) // BAND - start
     largest = tl.zeros((COLUMNS,), tl.int32)
     sick = tl.zeros((BANDS,), tl.int32)
-    for i in range(tl.program_id(2), tl.cdiv(count, BANDS), tl.num_programs(2)):
+    for i in range(tl.program_id(2), tl.cdiv(count, BANDS), SPLIT):
         nth = i * BANDS + tl.arange(0, BANDS)
         band = (start + nth).to(tl.int64)
         here = (nth < count)[:, None] & inside[None, :]
         part = tl.load(band_amax + band[:, None] * columns + column[None, :], mask=here, other=0)
         largest = tl.maximum(largest, tl.max(part, 0))
         sick = tl.maximum(sick, tl.load(band_poisoned + band, mask=nth < count, other=0))
-    tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
-    tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
+    if SPLIT == 1:
+        tl.store(column_amax + group * columns + column, largest, mask=inside)
+        tl.store(poisoned + group, tl.max(sick, 0))
+    else:
+        tl.atomic_max(column_amax + group * columns + column, largest, mask=inside, sem="relaxed")
+        tl.atomic_max(poisoned + group, tl.max(sick, 0), sem="relaxed")
 
 
 def reduce_bands(
@@ -80,14 +84,19 @@ def reduce_bands(
 ) -> tuple[Tensor, Tensor]:
     """Column maxima ``(G, K)`` of each group from those of its bands, and whether any band is poisoned."""
     num_groups, (bands, columns) = ends.shape[0], band_amax.shape
-    amax = ends.new_zeros(num_groups, columns)
-    poisoned = ends.new_zeros(num_groups)
     across = triton.cdiv(columns, 64)
-    # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands.
+    # Some 2000 programs, however few the groups; no more than there are pieces of 32 bands. A power of
+    # two, so that few variants are compiled.
     split = max(1, min(2048 // (num_groups * across), triton.cdiv(bands, 32)))
+    split = 1 << split.bit_length() - 1
+    # With many groups each has one program for its columns, and filling with zeros, two launches of some
+    # microseconds, would be a twentieth of the time of small tensors.
+    empty = ends.new_empty if split == 1 else ends.new_zeros
+    amax, poisoned = empty(num_groups, columns), empty(num_groups)
     _reduce_bands_kernel[(num_groups, across, split)](
-        amax, poisoned, band_amax, band_poisoned, ends, columns, BAND=band, BANDS=32, COLUMNS=64
-    )
+        amax, poisoned, band_amax, band_poisoned, ends, columns,
+        BAND=band, BANDS=32, COLUMNS=64, SPLIT=split,
+    )  # fmt: skip
     return amax, poisoned
 
 
