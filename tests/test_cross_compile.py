@@ -23,12 +23,7 @@ ELSEWHERE = {
 }
 
 #: Bytes of stack a thread may use, and why; none, for all kernels that are not named.
-SPILLS = {
-    (100, "swiglu_backward_rows._repair_kernel"): (
-        32,
-        "rows of 2048 in two warps; it returns at once unless a band of 64 rows holds a NaN or infinity",
-    ),
-}
+SPILLS: dict[tuple[int, str], tuple[int, str]] = {}
 
 #: Instructions that a kernel is made of, and must contain.
 INSTRUCTIONS = {

@@ -9,6 +9,7 @@ from test_kernels import DEVICES, FORMATS, ODD_LAYOUTS, draw, same_bits
 
 from moefp8.kernels import (
     REGISTRY,
+    _pieces,
     _swiglu,
     ffn,
     plan,
@@ -99,6 +100,29 @@ def test_sigmoid_of_every_float32():
         gate = torch.arange(start, start + 2**26, device="cuda").to(torch.int32).view(torch.float32)
         got, want = arithmetic(gate, gate, gate, exact=True)
         same_bits(got[0], want[0])
+
+
+@triton.jit
+def _steep_kernel(gates, out, ROWS: tl.constexpr, LANES: tl.constexpr, HARDWARE: tl.constexpr):
+    # One gate of each program among harmless ones, on either side of a pair.
+    at = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    gate = tl.load(gates + tl.program_id(0))
+    largest = _swiglu.steepness(tl.zeros((ROWS, LANES), gate.dtype))
+    for odd in tl.static_range(2):
+        found = tl.where(at == LANES + 6 + odd, gate, tl.where(at == 3, 100.0, -1.0).to(gate.dtype))
+        now = _pieces.larger(largest, _swiglu.steepness(found), HARDWARE)
+        tl.store(out + 2 * tl.program_id(0) + odd, _swiglu.any_steep(now, gate.dtype).to(tl.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_steep_gates_are_found(dtype, device):
+    steep = torch.tensor(_swiglu.STEEP.value, dtype=dtype, device=device)
+    up, down = (torch.nextafter(steep, steep.new_tensor(x)) for x in (0, -torch.inf))
+    others = (-88, -1000, -torch.inf, 0, 87, 1000, torch.inf, -0.0, -1e-7)
+    gates = torch.stack([up, steep, down, *(steep.new_tensor(x) for x in others)])
+    out = torch.full((len(gates), 2), -1, dtype=torch.int32, device=device)
+    _steep_kernel[(len(gates),)](gates, out, ROWS=2, LANES=64, HARDWARE=device == "cuda")
+    assert torch.equal(out, (gates < steep).to(torch.int32)[:, None].expand(-1, 2))
 
 
 # --- the kernels -----------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """How a kernel that holds whole rows in registers takes them apart.
 
-``quantize_rows.py`` does so in equal pieces. A row of 5120 would fill 8192 lanes, the next power of two,
-for 60 % more registers and instructions. So rows lie in a tuple of tensors ``(ROWS, LANES)``. All have the
-same layout: the maximum over pieces needs no exchange between threads, and the exchange for a row's
-maximum comes once, after it. Maxima of columns stay apart for each of the ROWS until the band is done, in
-as many bits as the input has: for 16 bits that halves their registers, and a maximum takes two at a time.
+In equal pieces. A row of 5120 would fill 8192 lanes, the next power of two, for 60 % more registers and
+instructions. So rows lie in a tuple of tensors ``(ROWS, LANES)``. All have the same layout: the maximum
+over pieces needs no exchange between threads, and the exchange for a row's maximum comes once, after it.
+Maxima of columns stay apart for each of the ROWS until the band is done, in as many bits as the input
+has: 16 bits lie in pairs, which halves their registers and instructions.
 """
 
 from typing import NamedTuple
@@ -40,36 +40,56 @@ def code_columns_of(piece: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def paired(x):
+    """Bits of ``x``, 16 each, (ROWS, LANES): two neighbours to an uint32, (ROWS, LANES // 2).
+
+    Left as 16 bits, what a loop carries takes a register each, and is taken apart and paired every time.
+    """
+    even, odd = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1] // 2, 2)))
+    return even.to(tl.uint32) | (odd.to(tl.uint32) << 16)
+
+
+@triton.jit
 def narrow_bits(x, HARDWARE: tl.constexpr):
-    """Bits of |x| in as many bits as ``x`` has: they order as magnitudes do, like those of float32."""
+    """Bits of |x| in as many bits as ``x`` has: they order as magnitudes do, like those of float32.
+
+    int32, or :func:`paired`.
+    """
     if x.dtype.primitive_bitwidth == 32:
         out = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    elif HARDWARE:
-        out = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x7fff7fff;", "=r,r", [x.to(tl.int16, bitcast=True)], dtype=tl.int16,
-            is_pure=True, pack=2,
-        )  # fmt: skip
     else:
-        out = x.to(tl.int16, bitcast=True) & 0x7FFF
+        out = paired(x) & 0x7FFF7FFF
     return out
 
 
 @triton.jit
 def larger(a, b, HARDWARE: tl.constexpr):
-    """The larger of non-negative integers; of 16 bits, two an instruction."""
-    if (a.dtype.primitive_bitwidth == 16) & HARDWARE:
+    """The larger of int32, or of each half of pairs, whose bits are unsigned."""
+    if a.dtype == tl.int32:
+        out = tl.maximum(a, b)
+    elif HARDWARE:
         out = tl.inline_asm_elementwise(
-            "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int16, is_pure=True, pack=2
+            "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
         )
     else:
-        out = tl.maximum(a, b)
+        out = (tl.maximum(a >> 16, b >> 16) << 16) | tl.maximum(a & 0xFFFF, b & 0xFFFF)
     return out
 
 
 @triton.jit
+def largest_of_row(bits):
+    """The largest of each row, (ROWS,) int32, in as many bits as elements have."""
+    if bits.dtype != tl.int32:
+        bits = tl.maximum(bits >> 16, bits & 0xFFFF).to(tl.int32)
+    return tl.max(bits, 1)
+
+
+@triton.jit
 def wide_bits(bits, dtype: tl.constexpr):
-    """Bits of magnitudes in ``dtype`` as those of float32."""
-    return bits.to(dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    """Bits of magnitudes in ``dtype``, held as int32, as those of float32."""
+    if dtype.primitive_bitwidth == 16:
+        bits = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -77,9 +97,7 @@ def no_maxima(PIECES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, dty
     """Column maxima (bits) of no rows."""
     out = ()
     for _ in tl.static_range(PIECES):
-        out = appended(
-            out, tl.zeros((ROWS, LANES), tl.int32 if dtype.primitive_bitwidth == 32 else tl.int16)
-        )
+        out = appended(out, narrow_bits(tl.zeros((ROWS, LANES), dtype), False))
     return out
 
 
@@ -94,24 +112,42 @@ def column_maxima(a, b, HARDWARE: tl.constexpr):
 
 @triton.jit
 def row_maxima(bits, dtype: tl.constexpr, HARDWARE: tl.constexpr):
-    """The largest of each row, (ROWS,)."""
+    """Bits of the largest of each row as float32, (ROWS,)."""
     out = bits[0]
     for p in tl.static_range(1, len(bits)):
         out = larger(out, bits[p], HARDWARE)
-    return tl.max(wide_bits(out, dtype), 1)
+    return wide_bits(largest_of_row(out), dtype)
+
+
+@triton.jit
+def store_scales(scale, row, factor, real):
+    """Write a factor for each row.
+
+    32 columns, of which one is written, keep each row in the warps that hold it. A store of one column
+    goes by rows, and the exchange for that costs two barriers.
+    """
+    lane = tl.arange(0, 32)[None, :]
+    value = tl.broadcast_to(factor[:, None], (factor.shape[0], 32))
+    tl.store(scale + row[:, None] + lane, value, mask=real & (lane == 0))
 
 
 @triton.jit
 def store_maxima(band_amax, band, largest, columns, dtype: tl.constexpr, LANES: tl.constexpr):
     """Write the column maxima of a band."""
     for p in tl.static_range(len(largest)):
+        bits = largest[p]
+        if dtype.primitive_bitwidth == 16:
+            even, odd = tl.max((bits & 0xFFFF).to(tl.int32), 0), tl.max((bits >> 16).to(tl.int32), 0)
+            found = tl.reshape(tl.join(even, odd), (LANES,))
+        else:
+            found = tl.max(bits, 0)
         column = p * LANES + tl.arange(0, LANES)
         at = band_amax + band.to(tl.int64) * columns + column
-        tl.store(at, tl.max(wide_bits(largest[p], dtype), 0), mask=column < columns)
+        tl.store(at, wide_bits(found, dtype), mask=column < columns)
 
 
 class EqualPieces(NamedTuple):
-    """How a program of ``quantize_rows.py`` holds rows of some length."""
+    """How a program holds rows of some length."""
 
     #: Pieces of a row, lanes of each.
     pieces: int
@@ -123,56 +159,33 @@ class EqualPieces(NamedTuple):
     #: The whole row as one power of two, for kernels where speed does not matter.
     padded: int
 
+    @property
+    def padded_warps(self) -> int:
+        """Warps that hold the whole row as one, up to 8192 columns with 16 elements to a thread."""
+        return min(max(self.padded // 512, 4), 16)
 
-def equal_pieces(columns: int, device: torch.device, bands_of_64: int = 0) -> EqualPieces:
+
+def equal_pieces(
+    columns: int, device: torch.device, bands_of_64: int = 0, *, inputs: int = 1
+) -> EqualPieces:
     """For rows of ``columns``. Large inputs take bands of 128, which halve what maxima cost to write.
 
-    A thread takes 8 elements, 16 bytes, of every piece. Up to 1536 columns each of four warps has a row
-    to itself; beyond, all warps share one, whose pieces are 1024 lanes while that many registers last.
+    A thread takes 8 elements, 16 bytes, of every piece. Short rows have a warp to themselves, four at a
+    time; beyond, all warps share one. ``inputs`` are tensors read: for one, a row of 1536 is short, and
+    pieces are 1024 lanes while registers last. Two, which SwiGLU makes one of, leave room for 4 pieces,
+    three, which its gradient makes two of, for 3 (2 on 16 warps), and then 16 warps fit on a
+    multiprocessor: compiled for Hopper they take 64 to 93 registers and up to 118.
     """
     padded = max(triton.next_power_of_2(columns), BLOCK)
     band = 128 if bands_of_64 >= 1024 else 64
-    if columns <= 1536:
-        lanes, rows, warps = min(padded, 256), 4, 4
+    if inputs == 1:
+        lanes = 256 if columns <= 1536 else 1024 if columns <= 7168 else 2048 if columns <= 16384 else 4096
     else:
-        lanes, rows, warps = (1024, 1, 4) if columns <= 7168 else (2048, 1, 8)
-        if columns > 16384:
-            lanes, warps = 4096, 16
+        lanes = 256
+        while lanes < 4096 and columns > lanes * (4 if inputs == 2 else 3):
+            lanes *= 2
+    rows, warps = (4, 4) if lanes == 256 else (1, lanes // 256)
+    lanes = min(padded, lanes)
     if device.type != "cuda":  # the interpreter pays by the operation, however long
         rows = 32
     return EqualPieces(triton.cdiv(columns, lanes), lanes, rows, band, warps, padded)
-
-
-class Pieces(NamedTuple):
-    """Columns ``[0, first)`` and, if ``rest`` is not 0, ``[first, first + rest)``: powers of two."""
-
-    first: int
-    rest: int
-    #: Rows at a time, rows to a band, warps.
-    rows: int
-    band: int
-    warps: int
-    #: The whole row as one power of two, for kernels where speed does not matter.
-    padded: int
-
-
-def pieces(columns: int, inputs: int, device: torch.device) -> Pieces:
-    """Pieces of rows of ``columns`` for a kernel that reads ``inputs`` tensors.
-
-    Two pieces where they take at most three quarters of the lanes that one would take, and pay: a second
-    piece means a second exchange between threads for every row. On an H100 it costs two inputs a tenth to a
-    third of the speed at 768 and 1408 columns, and three inputs a fifth at 768; at 1408 it gains 5 %.
-    """
-    padded = max(triton.next_power_of_2(columns), BLOCK)
-    first, rest = padded, 0
-    if inputs == 3 and padded > 32 * BLOCK:
-        other = triton.next_power_of_2(columns - padded // 2)
-        if other <= padded // 4:
-            first, rest = padded // 2, max(other, 4 * BLOCK)
-    # One row at a time: maxima of columns then need no exchange between threads. (The interpreter pays
-    # by the operation, however long.) A thread takes 8 elements, 16 bytes, of the smaller piece, and at
-    # most 32 (two inputs) or 16 (three) of the larger.
-    most = 32 if inputs == 2 else 16
-    warps = max((rest or first) // 256, first // (32 * most))
-    rows = 1 if device.type == "cuda" else 32
-    return Pieces(first, rest, rows, 64, min(max(warps, 1), 4 if first <= 2048 else 16), padded)

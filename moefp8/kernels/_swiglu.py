@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from moefp8.kernels._fp8 import INF_BITS, magnitude_bits
+from moefp8.kernels._fp8 import INF_BITS
+from moefp8.kernels._pieces import largest_of_row, paired
 
 #: At this gate and below, 1 + exp(-gate) comes near 2^126, from where on its reciprocal is subnormal and
 #: :func:`sigmoid_at` needs the exact division.
@@ -38,6 +39,37 @@ def rounded(x, dtype: tl.constexpr, HARDWARE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
         out = tl.where((bits & 0x7FFFFFFF) > INF_BITS, bits, near).to(tl.float32, bitcast=True)
+    return out
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr, HARDWARE: tl.constexpr):
+    """The same, held in ``dtype``."""
+    if dtype != tl.bfloat16:
+        out = x.to(dtype)
+    elif HARDWARE:
+        out = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        bits = rounded(x, dtype, HARDWARE).to(tl.int32, bitcast=True)
+        out = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return out
+
+
+@triton.jit
+def widened(x, HARDWARE: tl.constexpr):
+    """``x`` in float32. From bfloat16, two at a time, it is one instruction an element."""
+    if (x.dtype == tl.bfloat16) & HARDWARE:
+        out = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif x.dtype == tl.bfloat16:  # the interpreter's conversion fails subnormal ones
+        bits = x.to(tl.uint16, bitcast=True).to(tl.int32) << 16
+        out = bits.to(tl.float32, bitcast=True)
+    else:
+        out = x.to(tl.float32)
     return out
 
 
@@ -70,27 +102,37 @@ def load_wide(x, at, mask):
 
 @triton.jit
 def hidden_of(g, u, s, dtype: tl.constexpr, HARDWARE: tl.constexpr):
-    """``silu(g) * u`` in float32, rounded to ``dtype``, given the sigmoid ``s`` of g."""
-    return rounded(g * s * u, dtype, HARDWARE)
+    """``silu(g) * u``, rounded to ``dtype`` once, given the sigmoid ``s`` of g; all in float32."""
+    return narrowed(g * s * u, dtype, HARDWARE)
 
 
 @triton.jit
 def d_gate_of(g, u, c, s, dtype: tl.constexpr, HARDWARE: tl.constexpr):
     """Gradient of the gate, rounded to ``dtype``, for the cotangent ``c`` of hidden."""
-    return rounded(c * u * (s * (1.0 + g * (1.0 - s))), dtype, HARDWARE)
+    return narrowed(c * u * (s * (1.0 + g * (1.0 - s))), dtype, HARDWARE)
 
 
 @triton.jit
 def d_up_of(g, c, s, dtype: tl.constexpr, HARDWARE: tl.constexpr):
     """Gradient of up, rounded to ``dtype``."""
-    return rounded(c * (g * s), dtype, HARDWARE)
+    return narrowed(c * (g * s), dtype, HARDWARE)
 
 
 @triton.jit
-def flagged_bits(x, g, EXACT: tl.constexpr):
-    """Bits of |x|, but infinity where the gate is so steep that ``x`` must be worked out ``EXACT``."""
-    bits = magnitude_bits(x)
-    return bits if EXACT else tl.where(g < STEEP, INF_BITS, bits)
+def steepness(g):
+    """Integers to take the ``larger`` of: the steeper a negative gate, the larger; the others' are less.
+
+    A NaN with its sign set counts as steeper than all, and may: it poisons what it meets.
+    """
+    narrow: tl.constexpr = g.dtype.primitive_bitwidth == 16
+    return paired(g) if narrow else g.to(tl.int32, bitcast=True) ^ -0x80000000
+
+
+@triton.jit
+def any_steep(largest, dtype: tl.constexpr):
+    """Whether a gate lies below STEEP, given the ``largest`` that :func:`steepness` gave, two axes."""
+    limit = steepness(tl.full((1, 2), STEEP, dtype))
+    return tl.max(largest_of_row(largest), 0) > tl.max(largest_of_row(limit), 0)
 
 
 def sigmoid_for(gate: Tensor) -> Tensor:

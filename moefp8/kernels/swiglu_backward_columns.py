@@ -29,9 +29,9 @@ from moefp8.kernels._swiglu import (
     d_gate_of,
     d_up_of,
     hidden_of,
-    load_wide,
     sigmoid_at,
     sigmoid_for,
+    widened,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
@@ -51,6 +51,7 @@ def _store_columns(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of values (ROWS, COLUMNS) as columns of codes, see quantize_columns.py."""
+    y = widened(y, HARDWARE)
     inside = column < columns
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
     factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
@@ -88,9 +89,9 @@ def _swiglu_backward_columns_kernel(
         here = (row < end)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         dtype: tl.constexpr = gate.dtype.element_ty
-        g = load_wide(gate, at, here)
-        u = load_wide(up, at, here)
-        c = load_wide(cotangent, at, here)
+        g = widened(tl.load(gate + at, mask=here, other=0), HARDWARE)
+        u = widened(tl.load(up + at, mask=here, other=0), HARDWARE)
+        c = widened(tl.load(cotangent + at, mask=here, other=0), HARDWARE)
         s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
         if tl.min(tl.min(g, 1), 0) < STEEP:
             s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)

@@ -3,7 +3,7 @@
 The fused twin of ``swiglu_backward`` (``ffn.py``) followed by ``quantize_rows`` of both gradients, bit
 for bit. Neither is ever written in high precision; ``swiglu_backward_columns.py`` works them out again.
 Bytes an element of bf16 inputs: 6 read, 2 written, 1/4 for column maxima; apart they are 6 + 4 + 4 + 2.
-Lane operations an element, about 45; the budget at copy speed on an H100 is about 75.
+Instructions an element as compiled for Hopper, 39 to 44; the budget at copy speed on an H100 is about 75.
 """
 
 import torch
@@ -23,14 +23,27 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
-from moefp8.kernels._pieces import pieces
+from moefp8.kernels._pieces import (
+    appended,
+    code_columns_of,
+    column_maxima,
+    columns_of,
+    equal_pieces,
+    larger,
+    narrow_bits,
+    no_maxima,
+    row_maxima,
+    store_maxima,
+    store_scales,
+)
 from moefp8.kernels._swiglu import (
+    any_steep,
     d_gate_of,
     d_up_of,
-    flagged_bits,
-    load_wide,
     sigmoid_at,
     sigmoid_for,
+    steepness,
+    widened,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
@@ -39,24 +52,32 @@ from moefp8.recipe import Gemm
 
 @triton.jit
 def _gradients(gate, up, cotangent, sigmoid, at, mask, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Both gradients at offsets ``at``, and the bits of their magnitudes."""
-    g = load_wide(gate, at, mask)
-    c = load_wide(cotangent, at, mask)
+    """Both gradients at offsets ``at``, and the gate."""
+    gates = tl.load(gate + at, mask=mask, other=0)
+    g = widened(gates, HARDWARE)
+    u = widened(tl.load(up + at, mask=mask, other=0), HARDWARE)
+    c = widened(tl.load(cotangent + at, mask=mask, other=0), HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, EXACT, HARDWARE)
-    dtype: tl.constexpr = gate.dtype.element_ty
-    d_gate = d_gate_of(g, load_wide(up, at, mask), c, s, dtype, HARDWARE)
-    d_up = d_up_of(g, c, s, dtype, HARDWARE)
-    return d_gate, flagged_bits(d_gate, g, EXACT), d_up, magnitude_bits(d_up)
+    d_gate = d_gate_of(g, u, c, s, gates.dtype, HARDWARE)
+    return d_gate, d_up_of(g, c, s, gates.dtype, HARDWARE), gates
 
 
 @triton.jit
-def _store_codes(
-    data, at, y, inverse, mask,
-    OUT: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr,
-    HARDWARE: tl.constexpr,
+def _store_rows(
+    values, amax, data, scale, row, real, columns,
+    OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    code = encode(y * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-    tl.store(data + at, code, mask=mask)
+    """Write rows ``values``, pieces of (ROWS, LANES) with maxima ``amax`` (bits), and their scales."""
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+    store_scales(scale, row, factor, real)
+    to = data + row.to(tl.int64)[:, None] * columns
+    for p in tl.static_range(len(values)):
+        column = code_columns_of(p, LANES)
+        scaled = widened(values[p], HARDWARE) * inverse[:, None]
+        code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+        tl.store(to + column, code, mask=real & (column < columns))
 
 
 @triton.jit
@@ -66,78 +87,54 @@ def _swiglu_backward_rows_kernel(
     OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    # One program: a band of rows of one group, ROWS at a time, in columns [0, FIRST) and REST more.
+    # One program: a band of rows of one group, ROWS at a time.
     band = tl.program_id(0)
     group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if group < num_groups:
-        column = tl.arange(0, FIRST)
-        inside = column < columns
-        # Codes leave in the layout that values came in, see quantize_rows.py.
-        code_column = tl.max_contiguous(tl.arange(0, FIRST), 8)
-        gate_largest = tl.zeros((FIRST,), tl.int32)
-        up_largest = tl.zeros((FIRST,), tl.int32)
-        if REST:
-            rest_column = FIRST + tl.arange(0, REST)
-            rest_inside = rest_column < columns
-            rest_code_column = tl.max_contiguous(FIRST + tl.arange(0, REST), 8)
-            rest_gate_largest = tl.zeros((REST,), tl.int32)
-            rest_up_largest = tl.zeros((REST,), tl.int32)
-        top = tl.full((), 0, tl.int32)
+        dtype: tl.constexpr = gate.dtype.element_ty
+        gate_largest = no_maxima(PIECES, ROWS, LANES, dtype)
+        up_largest = no_maxima(PIECES, ROWS, LANES, dtype)
+        top = tl.zeros((ROWS,), tl.int32)
+        steepest = steepness(tl.zeros((ROWS, LANES), dtype))
         for first in range(0, BAND, ROWS):
             row = start + first + tl.arange(0, ROWS)
-            at = row.to(tl.int64)[:, None] * columns
             real = (row < end)[:, None]
-            here = real & inside[None, :]
-            d_gate, gate_bits, d_up, up_bits = _gradients(
-                gate, up, cotangent, sigmoid, at + column[None, :], here, False, HARDWARE
-            )
-            gate_amax = tl.max(gate_bits, 1)
-            up_amax = tl.max(up_bits, 1)
-            if REST:
-                rest_here = real & rest_inside[None, :]
-                rest_d_gate, rest_gate_bits, rest_d_up, rest_up_bits = _gradients(
-                    gate, up, cotangent, sigmoid, at + rest_column[None, :], rest_here, False, HARDWARE
+            at = row.to(tl.int64)[:, None] * columns
+            gate_values, gate_bits, up_values, up_bits = (), (), (), ()
+            for p in tl.static_range(PIECES):
+                column = columns_of(p, LANES)
+                here = real & (column < columns)
+                d_gate, d_up, gates = _gradients(
+                    gate, up, cotangent, sigmoid, at + column, here, False, HARDWARE
                 )
-                gate_amax = tl.maximum(gate_amax, tl.max(rest_gate_bits, 1))
-                up_amax = tl.maximum(up_amax, tl.max(rest_up_bits, 1))
-            top = tl.maximum(top, tl.max(tl.maximum(gate_amax, up_amax), 0))
-            factor, gate_inverse = scale_of(gate_amax, ROWWISE, CARRY, EMAX, MAX)
-            tl.store(gate_scale + row, factor, mask=row < end)
-            factor, up_inverse = scale_of(up_amax, ROWWISE, CARRY, EMAX, MAX)
-            tl.store(up_scale + row, factor, mask=row < end)
-            to = at + code_column[None, :]
-            _store_codes(
-                gate_data, to, d_gate, gate_inverse, here, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE
-            )
-            _store_codes(up_data, to, d_up, up_inverse, here, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+                steepest = larger(steepest, steepness(gates), HARDWARE)
+                gate_values = appended(gate_values, d_gate)
+                gate_bits = appended(gate_bits, narrow_bits(d_gate, HARDWARE))
+                up_values = appended(up_values, d_up)
+                up_bits = appended(up_bits, narrow_bits(d_up, HARDWARE))
             if COLUMN_AMAX:
-                gate_largest = tl.maximum(gate_largest, tl.max(gate_bits, 0))
-                up_largest = tl.maximum(up_largest, tl.max(up_bits, 0))
-            if REST:
-                to = at + rest_code_column[None, :]
-                _store_codes(
-                    gate_data, to, rest_d_gate, gate_inverse, rest_here,
-                    OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
-                )  # fmt: skip
-                _store_codes(
-                    up_data, to, rest_d_up, up_inverse, rest_here,
-                    OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
-                )  # fmt: skip
-                if COLUMN_AMAX:
-                    rest_gate_largest = tl.maximum(rest_gate_largest, tl.max(rest_gate_bits, 0))
-                    rest_up_largest = tl.maximum(rest_up_largest, tl.max(rest_up_bits, 0))
-        poison = (top >= INF_BITS).to(tl.int32)
-        tl.store(gate_band_poisoned + band, poison)
-        tl.store(up_band_poisoned + band, poison)
+                gate_largest = column_maxima(gate_largest, gate_bits, HARDWARE)
+                up_largest = column_maxima(up_largest, up_bits, HARDWARE)
+            gate_amax = row_maxima(gate_bits, dtype, HARDWARE)
+            up_amax = row_maxima(up_bits, dtype, HARDWARE)
+            top = tl.maximum(top, tl.maximum(gate_amax, up_amax))
+            _store_rows(
+                gate_values, gate_amax, gate_data, gate_scale, row, real, columns,
+                OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
+            )  # fmt: skip
+            _store_rows(
+                up_values, up_amax, up_data, up_scale, row, real, columns,
+                OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
+            )  # fmt: skip
+        sick = ((tl.max(top, 0) >= INF_BITS) | any_steep(steepest, dtype)).to(tl.int32)
+        tl.store(gate_band_poisoned + band, sick)
+        tl.store(up_band_poisoned + band, sick)
         if COLUMN_AMAX:
-            at = band.to(tl.int64) * columns
-            tl.store(gate_band_amax + at + column, gate_largest, mask=inside)
-            tl.store(up_band_amax + at + column, up_largest, mask=inside)
-            if REST:
-                tl.store(gate_band_amax + at + rest_column, rest_gate_largest, mask=rest_inside)
-                tl.store(up_band_amax + at + rest_column, rest_up_largest, mask=rest_inside)
+            store_maxima(gate_band_amax, band, gate_largest, columns, dtype, LANES)
+            store_maxima(up_band_amax, band, up_largest, columns, dtype, LANES)
 
 
 @triton.jit
@@ -165,11 +162,12 @@ def _repair_kernel(
             for i in range(MX_BLOCK):
                 row = start.to(tl.int64) + first + i
                 here = column < tl.where(row < end, columns, 0)
-                d_gate, gate_bits, d_up, up_bits = _gradients(
+                d_gate, d_up, _ = _gradients(
                     gate, up, cotangent, sigmoid, row * columns + column, here, True, HARDWARE
                 )
-                gate_inner = tl.maximum(gate_inner, gate_bits)
-                up_inner = tl.maximum(up_inner, up_bits)
+                d_gate, d_up = d_gate.to(tl.float32), d_up.to(tl.float32)
+                gate_inner = tl.maximum(gate_inner, magnitude_bits(d_gate))
+                up_inner = tl.maximum(up_inner, magnitude_bits(d_up))
                 healthy_row(
                     d_gate, gate_data, gate_scale, row, end, columns, here,
                     OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, COLUMNS,
@@ -212,13 +210,13 @@ def _swiglu_backward_rows(
         for x in (gate_amax, gate_poisoned, up_amax, up_poisoned):
             x.zero_()
         return outs
-    shape = pieces(gate.shape[1], 3, gate.device)
-    gate_bands = empty_bands(gate, segments, shape.band, column_amax)
-    up_bands = empty_bands(gate, segments, shape.band, column_amax)
+    how = equal_pieces(gate.shape[1], gate.device, 2 * segments.shape[0] if column_amax else 0, inputs=3)
+    gate_bands = empty_bands(gate, segments, how.band, column_amax)
+    up_bands = empty_bands(gate, segments, how.band, column_amax)
     common = dict(
         OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=shape.band, num_warps=shape.warps, enable_fp_fusion=False,
+        SEGMENT=SEGMENT, BAND=how.band, enable_fp_fusion=False,
     )  # fmt: skip
     arguments = (
         gate, up, cotangent, sigmoid_for(gate),
@@ -227,12 +225,12 @@ def _swiglu_backward_rows(
     )  # fmt: skip
     grid = (gate_bands[1].shape[0],)
     _swiglu_backward_rows_kernel[grid](
-        *arguments, ROWS=shape.rows, FIRST=shape.first, REST=shape.rest, **common
+        *arguments, ROWS=how.rows, PIECES=how.pieces, LANES=how.lanes, num_warps=how.warps, **common
     )
-    _repair_kernel[grid](*arguments, COLUMNS=shape.padded, **common)
+    _repair_kernel[grid](*arguments, COLUMNS=how.padded, num_warps=how.padded_warps, **common)
     if column_amax:
-        gate_amax, gate_poisoned = reduce_bands(*gate_bands, ends, shape.band)
-        up_amax, up_poisoned = reduce_bands(*up_bands, ends, shape.band)
+        gate_amax, gate_poisoned = reduce_bands(*gate_bands, ends, how.band)
+        up_amax, up_poisoned = reduce_bands(*up_bands, ends, how.band)
     return gate_data, gate_scale, gate_amax, gate_poisoned, up_data, up_scale, up_amax, up_poisoned
 
 

@@ -2,8 +2,8 @@
 
 The fused twin of ``swiglu`` (``ffn.py``) followed by ``quantize_rows``: the same scales, codes and column
 maxima, bit for bit. Hidden itself is never written. Bytes an element of bf16 inputs: 4 read, 1 written,
-1/8 for column maxima; apart they are 4 + 2 + 2 + 1. Lane operations an element, about 45, half of them
-for the sigmoid; the budget at copy speed on an H100 is about 48.
+1/8 for column maxima; apart they are 4 + 2 + 2 + 1. Instructions an element as compiled for Hopper, 25 to
+27, half of them for the sigmoid; the budget at copy speed on an H100 is about 48.
 """
 
 import torch
@@ -20,10 +20,30 @@ from moefp8.kernels._fp8 import (
     TRITON_DTYPES,
     encode,
     encoding,
+    magnitude_bits,
     scale_of,
 )
-from moefp8.kernels._pieces import pieces
-from moefp8.kernels._swiglu import flagged_bits, hidden_of, load_wide, sigmoid_at, sigmoid_for
+from moefp8.kernels._pieces import (
+    appended,
+    code_columns_of,
+    column_maxima,
+    columns_of,
+    equal_pieces,
+    larger,
+    narrow_bits,
+    no_maxima,
+    row_maxima,
+    store_maxima,
+    store_scales,
+)
+from moefp8.kernels._swiglu import (
+    any_steep,
+    hidden_of,
+    sigmoid_at,
+    sigmoid_for,
+    steepness,
+    widened,
+)
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
@@ -31,11 +51,12 @@ from moefp8.recipe import Gemm
 
 @triton.jit
 def _hidden(gate, up, sigmoid, at, mask, EXACT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Hidden at offsets ``at``, and the bits of its magnitudes."""
-    g = load_wide(gate, at, mask)
+    """Hidden at offsets ``at``, and the gate."""
+    gates = tl.load(gate + at, mask=mask, other=0)
+    g = widened(gates, HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, EXACT, HARDWARE)
-    h = hidden_of(g, load_wide(up, at, mask), s, gate.dtype.element_ty, HARDWARE)
-    return h, flagged_bits(h, g, EXACT)
+    u = widened(tl.load(up + at, mask=mask, other=0), HARDWARE)
+    return hidden_of(g, u, s, gates.dtype, HARDWARE), gates
 
 
 @triton.jit
@@ -44,34 +65,44 @@ def _swiglu_rows_kernel(
     OUT: tl.constexpr, COLUMN_AMAX: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # One program: a band of rows of one group, ROWS at a time.
     band = tl.program_id(0)
     group, start, end = band_rows(segments, band, SEGMENT, BAND)
     if group < num_groups:
-        column = tl.arange(0, COLUMNS)
-        inside = column < columns
-        # Codes leave in the layout that values came in, see quantize_rows.py.
-        code_column = tl.max_contiguous(tl.arange(0, COLUMNS), 8)
-        largest = tl.zeros((COLUMNS,), tl.int32)
-        top = tl.full((), 0, tl.int32)
+        dtype: tl.constexpr = gate.dtype.element_ty
+        largest = no_maxima(PIECES, ROWS, LANES, dtype)
+        top = tl.zeros((ROWS,), tl.int32)
+        steepest = steepness(tl.zeros((ROWS, LANES), dtype))
         for first in range(0, BAND, ROWS):
             row = start + first + tl.arange(0, ROWS)
+            real = (row < end)[:, None]
             at = row.to(tl.int64)[:, None] * columns
-            here = (row < end)[:, None] & inside[None, :]
-            h, bits = _hidden(gate, up, sigmoid, at + column[None, :], here, False, HARDWARE)
-            amax = tl.max(bits, 1)
-            top = tl.maximum(top, tl.max(amax, 0))
-            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            code = encode(h * inverse[:, None], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-            tl.store(data + at + code_column[None, :], code, mask=here)
-            tl.store(scale + row, factor, mask=row < end)
+            values, bits = (), ()
+            for p in tl.static_range(PIECES):
+                column = columns_of(p, LANES)
+                here = real & (column < columns)
+                h, gates = _hidden(gate, up, sigmoid, at + column, here, False, HARDWARE)
+                steepest = larger(steepest, steepness(gates), HARDWARE)
+                values = appended(values, h)
+                bits = appended(bits, narrow_bits(h, HARDWARE))
             if COLUMN_AMAX:
-                largest = tl.maximum(largest, tl.max(bits, 0))
-        tl.store(band_poisoned + band, (top >= INF_BITS).to(tl.int32))
+                largest = column_maxima(largest, bits, HARDWARE)
+            amax = row_maxima(bits, dtype, HARDWARE)
+            top = tl.maximum(top, amax)
+            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+            store_scales(scale, row, factor, real)
+            for p in tl.static_range(PIECES):
+                column = code_columns_of(p, LANES)
+                scaled = widened(values[p], HARDWARE) * inverse[:, None]
+                code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+                tl.store(data + at + column, code, mask=real & (column < columns))
+        sick = (tl.max(top, 0) >= INF_BITS) | any_steep(steepest, dtype)
+        tl.store(band_poisoned + band, sick.to(tl.int32))
         if COLUMN_AMAX:
-            tl.store(band_amax + band.to(tl.int64) * columns + column, largest, mask=inside)
+            store_maxima(band_amax, band, largest, columns, dtype, LANES)
 
 
 @triton.jit
@@ -95,8 +126,9 @@ def _repair_kernel(
             for i in range(MX_BLOCK):
                 row = start.to(tl.int64) + first + i
                 here = column < tl.where(row < end, columns, 0)
-                h, bits = _hidden(gate, up, sigmoid, row * columns + column, here, True, HARDWARE)
-                inner = tl.maximum(inner, bits)
+                h, _ = _hidden(gate, up, sigmoid, row * columns + column, here, True, HARDWARE)
+                h = h.to(tl.float32)
+                inner = tl.maximum(inner, magnitude_bits(h))
                 healthy_row(
                     h, data, scale, row, end, columns, here,
                     OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, COLUMNS,
@@ -136,23 +168,24 @@ def _swiglu_rows(
     data, scale, amax, poisoned = _fake(gate, up, segments, ends, format, dtype, rule, column_amax)
     if gate.numel() == 0:
         return data, scale, amax.zero_(), poisoned.zero_()
-    shape = pieces(gate.shape[1], 2, gate.device)
-    band_amax, band_poisoned = empty_bands(gate, segments, shape.band, column_amax)
+    how = equal_pieces(gate.shape[1], gate.device, 2 * segments.shape[0] if column_amax else 0, inputs=2)
+    band_amax, band_poisoned = empty_bands(gate, segments, how.band, column_amax)
     common = dict(
         OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=shape.band, COLUMNS=shape.padded,
-        num_warps=shape.warps, enable_fp_fusion=False,
+        SEGMENT=SEGMENT, BAND=how.band, enable_fp_fusion=False,
     )  # fmt: skip
     arguments = (
         gate, up, sigmoid_for(gate), data.view(torch.uint8), scale, band_amax, band_poisoned, segments,
         ends.shape[0], gate.shape[1],
     )  # fmt: skip
     grid = (band_poisoned.shape[0],)
-    _swiglu_rows_kernel[grid](*arguments, ROWS=shape.rows, **common)
-    _repair_kernel[grid](*arguments, **common)
+    _swiglu_rows_kernel[grid](
+        *arguments, ROWS=how.rows, PIECES=how.pieces, LANES=how.lanes, num_warps=how.warps, **common
+    )
+    _repair_kernel[grid](*arguments, COLUMNS=how.padded, num_warps=how.padded_warps, **common)
     if column_amax:
-        amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, shape.band)
+        amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, how.band)
     return data, scale, amax, poisoned
 
 
