@@ -62,7 +62,7 @@ def widened(x, HARDWARE: tl.constexpr):
     """``x`` in float32. From bfloat16, two at a time, it is one instruction an element."""
     if (x.dtype == tl.bfloat16) & HARDWARE:
         out = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     elif x.dtype == tl.bfloat16:  # the interpreter's conversion fails subnormal ones
