@@ -166,8 +166,8 @@ def feed_forward(implementation, recipe):
 
 
 def routed():
-    """The weighted sum over the two rows of each token, its transpose, and the gradient of the weights."""
-    from moefp8.kernels import combine_gpu
+    """The weighted sum over the two rows of each token, the transpose and gradients; SwiGLU in one pass."""
+    from moefp8.kernels import combine_gpu, swiglu_gpu
 
     y, slot = torch.empty(8192, 2048, dtype=torch.bfloat16), torch.empty(8192, dtype=torch.int64)
     weights = torch.empty(4096, 2)
@@ -175,6 +175,9 @@ def routed():
     x = torch.empty(4096, 2048, dtype=torch.bfloat16)
     combine_gpu.spread(x, slot, weights, 2)
     combine_gpu.row_dots(y, slot, x, 2)
+    combine_gpu.swiglu_dots(x, x, x)
+    swiglu_gpu.swiglu(x, x)
+    swiglu_gpu.swiglu_backward(x, x, x)
 
 
 def launch_everything(capability):

@@ -17,6 +17,7 @@ from moefp8.kernels import (
     sm90,
     swiglu_backward_columns,
     swiglu_backward_rows,
+    swiglu_gpu,
     swiglu_rows,
 )
 from moefp8.kernels.ffn import compose
@@ -92,6 +93,17 @@ def test_arithmetic(dtype, exact, device):
     for x, y in zip(got, want, strict=True):
         same_bits(x[valid], y[valid])
         assert torch.equal(x[valid].signbit() | x[valid].isnan(), y[valid].signbit() | y[valid].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_in_one_pass(dtype, device):
+    """For feed-forwards that do not quantise: every gate, steep ones included."""
+    gate = all_numbers(dtype, device)
+    up, cotangent = (draw(gate.shape, device, dtype=dtype, seed=i) for i in (1, 2))
+    same_bits(swiglu_gpu.swiglu(gate, up), ffn.swiglu(gate, up))
+    got, want = (f.swiglu_backward(gate, up, cotangent) for f in (swiglu_gpu, ffn))
+    for x, y in zip(got, want, strict=True):
+        same_bits(x, y)
 
 
 @pytest.mark.gpu

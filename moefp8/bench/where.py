@@ -21,7 +21,7 @@ NAMES = [
     ("quantize", "quantise"),
     ("repair_poisoned", "quantise"),
     ("_repair_kernel", "quantise"),
-    ("swizzle", "quantise"),
+    ("swizzle_rows", "quantise"),  # and not the swizzles of torch's own grouped products
     ("reduce_bands", "quantise"),
     ("combine", "gather and combine"),
     ("spread", "gather and combine"),

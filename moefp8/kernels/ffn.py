@@ -13,15 +13,21 @@ twice and each cotangent up to twice; what a fused implementation saves is that,
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moefp8._leaf import leaf, over_leading
 from moefp8.groups import group_ids
 from moefp8.kernels.combine import swiglu_dots
 from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import Recipe
+
+_HAS_KERNELS = find_spec("triton") is not None
+if _HAS_KERNELS:
+    from moefp8.kernels import swiglu_gpu
 
 #: ``(w1, w2, w3)`` or ``(b1, b2, b3)``, in the order of their names.
 Three = tuple[Any, Any, Any]
@@ -40,6 +46,30 @@ def swiglu_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor,
     g, u, d = gate.to(wide), up.to(wide), d_hidden.to(wide)
     s = g.sigmoid()
     return (d * u * (s * (1 + g * (1 - s)))).to(gate.dtype), (d * (g * s)).to(up.dtype)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return _HAS_KERNELS and x.device.type == "cuda" and x.dtype != torch.float64
+
+
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@leaf("swiglu", fake=_fake, vmap=over_leading)
+def swiglu_in_one(gate: Tensor, up: Tensor) -> Tensor:
+    """:func:`swiglu` in one pass where there is a kernel for it."""
+    return (swiglu_gpu.swiglu if _on_gpu(gate) else swiglu)(gate, up)
+
+
+def _fake_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@leaf("swiglu_backward", fake=_fake_backward, vmap=over_leading)
+def swiglu_backward_in_one(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`swiglu_backward` in one pass where there is a kernel for it."""
+    return (swiglu_gpu.swiglu_backward if _on_gpu(gate) else swiglu_backward)(gate, up, d_hidden)
 
 
 def score_gradient(
@@ -98,7 +128,7 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
         rows = x.rows()
         gate, kept1 = product(rows, 0)
         up, kept3 = product(rows, 2)
-        out, kept2 = product(swiglu(gate, up), 1)
+        out, kept2 = product(swiglu_in_one(gate, up), 1)
         return out, (gate, up, *kept1, *kept2, *kept3)
 
     def backward(
@@ -128,12 +158,12 @@ def compose(rows_forward: Callable, rows_backward: Callable, group_sum: Callable
         up_needed = x_needed or w_needed[2] or b_needed[2]
         cotangent = g.rows()
         through = gate_needed or up_needed or scores_needed
-        d_hidden, dw2 = product(swiglu(gate, up), 1, cotangent, through)
+        d_hidden, dw2 = product(swiglu_in_one(gate, up), 1, cotangent, through)
         d_scores = dx = dw1 = dw3 = db1 = db3 = None
         if d_hidden is not None and scores_needed:
             d_scores = score_gradient(gate, up, d_hidden, g, biases[1], offs)
         if d_hidden is not None and (gate_needed or up_needed):
-            d_gate, d_up = swiglu_backward(gate, up, d_hidden)
+            d_gate, d_up = swiglu_backward_in_one(gate, up, d_hidden)
             rows = x.rows()
             dx1, dw1 = product(rows, 0, d_gate, x_needed)
             dx3, dw3 = product(rows, 2, d_up, x_needed)

@@ -177,13 +177,13 @@ def fuse(composed: Composed) -> Composed:
                     gate, up, d_hidden, layout, d_gate, d_up, hidden_maxima, wgrad
                 )
             if b1_needed or b3_needed:  # sums of what is nowhere written
-                for_gate, for_up = ffn.swiglu_backward(gate, up, d_hidden)
+                for_gate, for_up = ffn.swiglu_backward_in_one(gate, up, d_hidden)
                 db1 = bias_gradient(0, for_gate) if b1_needed else None
                 db3 = bias_gradient(2, for_up) if b3_needed else None
                 del for_gate, for_up
             del d_hidden
         else:
-            hidden_columns = quantize_columns(ffn.swiglu(gate, up), layout, hidden_maxima, wgrad)
+            hidden_columns = quantize_columns(ffn.swiglu_in_one(gate, up), layout, hidden_maxima, wgrad)
         if w2_needed:
             dw2 = weight_gradient(1, hidden_columns, quantize_columns(g, layout, g_maxima, wgrad))
         if any_weight:
