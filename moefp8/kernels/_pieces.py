@@ -50,7 +50,7 @@ def paired(x):
 
 
 @triton.jit
-def narrow_bits(x, HARDWARE: tl.constexpr):
+def narrow_bits(x):
     """Bits of |x| in as many bits as ``x`` has: they order as magnitudes do, like those of float32.
 
     int32, or :func:`paired`.
@@ -97,7 +97,7 @@ def no_maxima(PIECES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, dty
     """Column maxima (bits) of no rows."""
     out = ()
     for _ in tl.static_range(PIECES):
-        out = appended(out, narrow_bits(tl.zeros((ROWS, LANES), dtype), False))
+        out = appended(out, narrow_bits(tl.zeros((ROWS, LANES), dtype)))
     return out
 
 

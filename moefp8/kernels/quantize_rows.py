@@ -44,8 +44,10 @@ from moefp8.kernels._pieces import (
     no_maxima,
     row_maxima,
     store_maxima,
+    store_scales,
 )
 from moefp8.kernels._rows import places, scored
+from moefp8.kernels._swiglu import widened
 from moefp8.kernels.gathered import Gathered
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.reference import scale_rule
@@ -82,17 +84,17 @@ def _quantize_rows_kernel(
                 if SCORED:
                     v = scored(v, score[:, None], dtype, True, HARDWARE).to(dtype)
                 values = appended(values, v)
-                bits = appended(bits, narrow_bits(v, HARDWARE))
+                bits = appended(bits, narrow_bits(v))
             if COLUMN_AMAX:
                 largest = column_maxima(largest, bits, HARDWARE)
             amax = row_maxima(bits, dtype, HARDWARE)
             top = tl.maximum(top, amax)
             factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            tl.store(scale + row[:, None], factor[:, None], mask=real)
+            store_scales(scale, row, factor, real)
             to = row.to(tl.int64)[:, None] * columns
             for p in tl.static_range(PIECES):
                 column = code_columns_of(p, LANES)
-                scaled = values[p].to(tl.float32) * inverse[:, None]
+                scaled = widened(values[p], HARDWARE) * inverse[:, None]
                 code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
                 tl.store(data + to + column, code, mask=real & (column < columns))
         tl.store(band_poisoned + band, (tl.max(top, 0) >= INF_BITS).to(tl.int32))

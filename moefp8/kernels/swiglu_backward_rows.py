@@ -112,9 +112,9 @@ def _swiglu_backward_rows_kernel(
                 )
                 steepest = larger(steepest, steepness(gates), HARDWARE)
                 gate_values = appended(gate_values, d_gate)
-                gate_bits = appended(gate_bits, narrow_bits(d_gate, HARDWARE))
+                gate_bits = appended(gate_bits, narrow_bits(d_gate))
                 up_values = appended(up_values, d_up)
-                up_bits = appended(up_bits, narrow_bits(d_up, HARDWARE))
+                up_bits = appended(up_bits, narrow_bits(d_up))
             if COLUMN_AMAX:
                 gate_largest = column_maxima(gate_largest, gate_bits, HARDWARE)
                 up_largest = column_maxima(up_largest, up_bits, HARDWARE)

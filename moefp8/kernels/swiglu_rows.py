@@ -87,7 +87,7 @@ def _swiglu_rows_kernel(
                 h, gates = _hidden(gate, up, sigmoid, at + column, here, False, HARDWARE)
                 steepest = larger(steepest, steepness(gates), HARDWARE)
                 values = appended(values, h)
-                bits = appended(bits, narrow_bits(h, HARDWARE))
+                bits = appended(bits, narrow_bits(h))
             if COLUMN_AMAX:
                 largest = column_maxima(largest, bits, HARDWARE)
             amax = row_maxima(bits, dtype, HARDWARE)
