@@ -168,24 +168,28 @@ class EqualPieces(NamedTuple):
 def equal_pieces(
     columns: int, device: torch.device, bands_of_64: int = 0, *, inputs: int = 1
 ) -> EqualPieces:
-    """For rows of ``columns``. Large inputs take bands of 128, which halve what maxima cost to write.
+    """For rows of ``columns``, in a kernel that reads ``inputs`` tensors: 1, or 2 and 3 around SwiGLU.
 
-    A thread takes 8 elements, 16 bytes, of every piece. Short rows have a warp to themselves, four at a
-    time; beyond, all warps share one. ``inputs`` are tensors read: for one, a row of 1536 is short, and
-    pieces are 1024 lanes while registers last. Two, which SwiGLU makes one of, leave room for 4 pieces,
-    three, which its gradient makes two of, for 3 (2 on 16 warps), and then 16 warps fit on a
-    multiprocessor: compiled for Hopper they take 64 to 93 registers and up to 118.
+    The fastest on an H100 among four to six at each of 768, 1408, 2048, 5120, 7168 and 8192 columns (the
+    first two, 2048 and 8192 for SwiGLU; docs/benchmarks.md). Large inputs take bands of 128, which halve
+    what maxima cost to write, where that leaves the card warps enough.
     """
     padded = max(triton.next_power_of_2(columns), BLOCK)
-    band = 128 if bands_of_64 >= 1024 else 64
-    if inputs == 1:
-        lanes = 256 if columns <= 1536 else 1024 if columns <= 7168 else 2048 if columns <= 16384 else 4096
+    if columns <= 1024:
+        lanes, rows, warps = (256, 2, 2) if inputs == 1 else (256, 4, 4)
+    elif columns <= 1536:
+        lanes, rows, warps = (512, 2, 4) if inputs == 1 else (512, 1, 2)
+    elif inputs == 1:
+        lanes, rows, warps = (1024, 1, 4) if columns <= 4096 else (2048, 1, 8)
+        if columns > 16384:
+            lanes, warps = 4096, 16
     else:
-        lanes = 256
-        while lanes < 4096 and columns > lanes * (4 if inputs == 2 else 3):
-            lanes *= 2
-    rows, warps = (4, 4) if lanes == 256 else (1, lanes // 256)
+        # A whole row as one piece where that wastes less than a quarter of the lanes.
+        lanes = padded // 4 if 4 * columns <= 3 * padded else padded
+        lanes = min(lanes, 8192 if inputs == 2 else 4096)
+        rows, warps = 1, min(lanes // 256, 16)
     lanes = min(padded, lanes)
+    band = 128 if bands_of_64 >= 1024 and (inputs != 2 or columns <= 1024) else 64
     if device.type != "cuda":  # the interpreter pays by the operation, however long
         rows = 32
     return EqualPieces(triton.cdiv(columns, lanes), lanes, rows, band, warps, padded)
