@@ -206,19 +206,25 @@ def layers(path: Path, rows: Sequence[moe_layer.Row]) -> Path:
 
 
 def where(path: Path, rows: Sequence[moe_layer.Row]) -> Path:
-    """Stacked bars of device time by part, layer by layer."""
+    """Stacked bars of device time by part, in percent of the slowest candidate on the same layer."""
     profiled = [row for row in rows if row.parts]
+    total = [sum(row.parts.values()) for row in profiled]
+    slowest: dict[str, float] = {}
+    for row, seconds in zip(profiled, total, strict=True):
+        slowest[row.problem.name] = max(seconds, slowest.get(row.problem.name, 0.0))
+    unit = np.array([slowest[row.problem.name] / 100 for row in profiled])
     figure, axes = _axes(8.0, 1.2 + 0.32 * len(profiled))
-    labels = [f"{row.problem.name}: {row.candidate}" for row in profiled]
-    left = np.zeros(len(profiled))
+    at, left = np.arange(len(profiled)), np.zeros(len(profiled))
     for part in PARTS:
-        widths = np.array([1e3 * row.parts[part] for row in profiled])
-        axes.barh(labels, widths, left=left, label=part, height=0.7)
+        widths = np.array([row.parts[part] for row in profiled]) / unit
+        drawn = axes.barh(at, widths, left=left, label=part, height=0.7)
         left += widths
+    axes.bar_label(drawn, [f"{1e3 * seconds:.3g} ms" for seconds in total], fontsize=7, padding=3)
+    axes.set_yticks(at, [f"{row.problem.name}: {row.candidate}" for row in profiled], fontsize=7)
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0.0)
     axes.grid(axis="x", alpha=0.3)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("milliseconds of device time, forward and backward")
+    axes.margins(x=0.12)
+    axes.set_xlabel("device time, forward and backward, % of the slowest on the layer")
     figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return _save(figure, path)
