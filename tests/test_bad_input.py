@@ -166,7 +166,7 @@ def test_the_advice_of_that_error_works():
 
 
 def refusing(name, reason):
-    return Implementation(name, lambda request: reason, *(None,) * 9)
+    return Implementation(name, lambda request: reason, *(None,) * 10)
 
 
 REQUEST = Request(
