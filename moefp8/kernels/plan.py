@@ -1,6 +1,6 @@
 """Where the rows of each group lie, worked out once on the device for all kernels of a layer.
 
-Kernels walk over *blocks of rows of one group*: 192 or 128 rows to a GEMM tile, 128 to a quantiser.
+Kernels walk over *blocks of rows of one group*: 128 rows to a GEMM tile and to a quantiser.
 With the groups known only on the device, the number of blocks is known only as a bound. The plan
 lists the blocks, so that a kernel finds its group with one load instead of a search over ``offs``.
 
