@@ -2,7 +2,8 @@
 
 Forward and backward run on fake tensors, of which only sizes exist, while every storage is counted from
 its making to its end. On an H100 ``python -m moefp8.bench moe-layer`` measured the same peaks, to two
-decimals in GiB, for bfloat16 on all layers and for MXFP8 on Llama4; the others are not measured. What kernels allocate for themselves (maxima of bands, less than 1 %) is not seen.
+decimals in GiB, for bfloat16 on all layers and for MXFP8 on Llama4; the others are not measured.
+What kernels allocate for themselves (maxima of bands, less than 1 %) is not seen.
 """
 
 import weakref
