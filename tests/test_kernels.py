@@ -82,6 +82,8 @@ def test_a_plan_never_points_past_the_rows(device):
     got = plans.plan(torch.tensor([500, 30, 900], dtype=torch.int32, device=device), 64, 128)
     assert int(got.tiles[:, 1:].max()) <= 64
     assert int(got.segments[:, 1:].max()) <= 64
+    assert int(got.ends.max()) <= 128 * got.segments.shape[0]
+    assert sorted(got.order.tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -54,16 +54,24 @@ def segment_bound(rows: int, num_groups: int) -> int:
 
 
 @triton.jit
+def _extents(offs, group, rows, num_groups):
+    """First and end row of each ``group``, of which the tail is one more, that ends at the last row.
+
+    Nothing reads past it, whatever ``offs`` holds.
+    """
+    end = tl.minimum(tl.load(offs + group, mask=group < num_groups, other=rows), rows)
+    start = tl.minimum(tl.load(offs + group - 1, mask=(group > 0) & (group <= num_groups), other=0), rows)
+    return tl.where(group > num_groups, rows, start), end
+
+
+@triton.jit
 def _list_blocks(
     table, offs, rows, num_groups, total, SIZE: tl.constexpr, TAIL: tl.constexpr,
     GROUPS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     group = tl.arange(0, GROUPS)
-    # The tail is one more group that ends at the last row. Nothing reads past it, whatever offs holds.
-    end = tl.minimum(tl.load(offs + group, mask=group < num_groups, other=rows), rows)
-    start = tl.minimum(tl.load(offs + group - 1, mask=(group > 0) & (group <= num_groups), other=0), rows)
-    start = tl.where(group > num_groups, rows, start)
+    start, end = _extents(offs, group, rows, num_groups)
     size = tl.where((group < num_groups) | TAIL, tl.maximum(end - start, 0), 0)
     last = tl.cumsum((size + SIZE - 1) // SIZE, 0)  # past the last block of each group
     owner = tl.sum((entry[:, None] >= last[None, :]).to(tl.int32), 1)
@@ -80,11 +88,11 @@ def _list_blocks(
 
 
 @triton.jit
-def _blocks(offs, group, num_groups, SEGMENT: tl.constexpr):
-    """Segment blocks of each ``group``."""
-    end = tl.load(offs + group, mask=group < num_groups, other=0)
-    start = tl.load(offs + group - 1, mask=(group > 0) & (group < num_groups), other=0)
-    return (end - start + SEGMENT - 1) // SEGMENT
+def _blocks(offs, group, rows, num_groups, SEGMENT: tl.constexpr):
+    """Segment blocks of each ``group``, none of the tail."""
+    start, end = _extents(offs, group, rows, num_groups)
+    size = tl.where(group < num_groups, tl.maximum(end - start, 0), 0)
+    return (size + SEGMENT - 1) // SEGMENT
 
 
 @triton.jit
@@ -95,12 +103,12 @@ def _plan_kernel(
     _list_blocks(tiles, offs, rows, num_groups, num_tiles, TILE, True, GROUPS, ENTRIES)
     _list_blocks(segments, offs, rows, num_groups, num_segments, SEGMENT, False, GROUPS, ENTRIES)
     group = tl.arange(0, GROUPS)
-    blocks = _blocks(offs, group, num_groups, SEGMENT)
+    blocks = _blocks(offs, group, rows, num_groups, SEGMENT)
     if tl.program_id(0) == 0:
         tl.store(ends + group, tl.cumsum(blocks, 0) * SEGMENT, mask=group < num_groups)
     # Each program ranks some groups; there are more table entries, and so programs, than that takes.
     mine = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    size = _blocks(offs, mine, num_groups, SEGMENT)[:, None]
+    size = _blocks(offs, mine, rows, num_groups, SEGMENT)[:, None]
     longer = (blocks[None, :] > size) | ((blocks[None, :] == size) & (group[None, :] < mine[:, None]))
     rank = tl.sum((longer & (group < num_groups)[None, :]).to(tl.int32), 1)
     tl.store(order + rank, mine, mask=mine < num_groups)
