@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefp8._custom_vjp import custom_vjp
 from moefp8._ffn import Routed, ffn, ffn_statistics
 from moefp8._operands import check_operand
 from moefp8.auto import Auto, resolve
 from moefp8.experts import check_ffn, shared_ffn
-from moefp8.kernels.combine import combine, row_dots, spread
 from moefp8.quantized import QuantizedParams, shared_copies
 from moefp8.recipe import BF16, MXFP8, Recipe, check_recipe
 from moefp8.routing import (
@@ -137,75 +135,6 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> RowOrder:
     row = torch.arange(flat.shape[0], device=flat.device)
     slot = torch.zeros_like(source).scatter(0, source, row)
     return RowOrder(source, slot, count_tokens(flat, num_experts).cumsum(0).to(torch.int32))
-
-
-class _Take(NamedTuple):
-    copies: int
-
-
-def _take_fwd(static: _Take, x: Tensor, index: Tensor, back: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    return x.index_select(0, index), (back,)
-
-
-def _take_bwd(static: _Take, needed: tuple[bool, ...], back: Tensor, g: Tensor) -> Sequence[Tensor | None]:
-    if not needed[0]:
-        return None, None, None
-    return combine(g, back, None, static.copies), None, None
-
-
-# A gather whose transpose is a gather: row i of x is copied to the rows back[i * copies + j]. Left to
-# autograd the transpose would be an index_add, which rounds to bfloat16 at every copy, adds in no
-# fixed order on a GPU, and takes a microsecond a row on a CPU.
-_take = custom_vjp("moe_ffn", _take_fwd, _take_bwd)
-
-
-def gather_rows(x: Tensor, order: RowOrder, top_k: int) -> Tensor:
-    """Copy each token of ``x`` (T, D) to its ``top_k`` experts' rows (M, D)."""
-    return _take(_Take(top_k), x, order.source // top_k, order.slot)
-
-
-def _sum_fwd(static: _Take, y: Tensor, slot: Tensor, source: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    return combine(y, slot, None, static.copies), (source,)
-
-
-def _sum_bwd(static: _Take, needed: tuple[bool, ...], source: Tensor, g: Tensor) -> Sequence[Tensor | None]:
-    return g.index_select(0, source // static.copies) if needed[0] else None, None, None
-
-
-def _weighted_sum_fwd(
-    static: None, y: Tensor, slot: Tensor, source: Tensor, weights: Tensor
-) -> tuple[Tensor, Sequence[Tensor]]:
-    return combine(y, slot, weights, weights.shape[1]), (y, slot, source, weights)
-
-
-def _weighted_sum_bwd(
-    static: None,
-    needed: tuple[bool, ...],
-    y: Tensor,
-    slot: Tensor,
-    source: Tensor,
-    weights: Tensor,
-    g: Tensor,
-) -> Sequence[Tensor | None]:
-    copies = weights.shape[1]
-    dy = spread(g, source, weights, copies) if needed[0] else None
-    d_weights = row_dots(y, slot, g, copies).to(weights.dtype) if needed[3] else None
-    return dy, None, None, d_weights
-
-
-# One pass in each direction; left to autograd each step of it would be one.
-_sum = custom_vjp("moe_ffn", _sum_fwd, _sum_bwd)
-_weighted_sum = custom_vjp("moe_ffn", _weighted_sum_fwd, _weighted_sum_bwd)
-
-
-def combine_rows(y: Tensor, order: RowOrder, weights: Tensor | None, top_k: int) -> Tensor:
-    """Add up the ``top_k`` rows of ``y`` (M, D) that belong to each token: (T, D).
-
-    In float32, weighted if ``weights`` (T, top_k) are given, rounded once to the dtype of ``y``.
-    """
-    if weights is None:
-        return _sum(_Take(top_k), y, order.slot, order.source)
-    return _weighted_sum(None, y, order.slot, order.source, weights)
 
 
 # --- the layer ---------------------------------------------------------------------------------

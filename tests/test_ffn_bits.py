@@ -1,5 +1,6 @@
 """The feed-forward as one operation has the bits of three products by hand, forward and backward."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from moefp8 import expert_ffn, moe_ffn, route, scaled_grouped_mm
 from moefp8._custom_vjp import custom_vjp
 from moefp8._ffn import Routed, ffn
 from moefp8.kernels.sm90 import in_fp8
-from moefp8.moe import combine_rows, gather_rows, sort_by_expert
+from moefp8.moe import sort_by_expert
 from moefp8.recipe import MXFP8, PRESETS, Recipe
 
 DIM, HIDDEN = 32, 48
@@ -38,6 +39,28 @@ def by_hand(params: dict[str, Tensor], x: Tensor, offs: Tensor, **options: Any) 
         return scaled_grouped_mm(x, params[f"w{i}"].mT, offs, bias=params.get(f"b{i}"), **options)
 
     return linear(swiglu(None, linear(x, 1), linear(x, 3)), 2)
+
+
+def add_copies(rows: Tensor, back: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
+    """The rows of each token one after the other in float32, rounded once."""
+    wide = rows[back].float().unflatten(0, (-1, copies))
+    wide = wide if weights is None else wide * weights.unsqueeze(-1)
+    return functools.reduce(torch.add, wide.unbind(1)).to(rows.dtype)
+
+
+# Each the transpose of the other, which autograd would round at every copy.
+_gather = custom_vjp(
+    "gather",
+    lambda copies, x, source, slot: (x[source // copies], (slot,)),
+    lambda copies, needed, slot, g: (add_copies(g, slot, copies), None, None),
+)
+_combine = custom_vjp(
+    "combine",
+    lambda copies, y, source, slot, weights: (add_copies(y, slot, copies, weights), (source, weights)),
+    lambda copies, needed, source, weights, g: (
+        (g[source // copies].float() * weights.flatten()[source, None]).to(g.dtype), None, None, None,
+    ),
+)  # fmt: skip
 
 
 def experts(count: int, *, bias: bool, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
@@ -118,11 +141,13 @@ def test_the_layer_is_gather_by_hand_and_combine(variant, dtype):
     experts = {name: p for name, p in params.items() if name in ("w1", "w2", "w3", "b1", "b2", "b3")}
 
     def layer(params, x):
-        into = gather_rows(x, order, config.top_k)
+        into = _gather(config.top_k, x, order.source, order.slot)
         if config.scores_on == "input":
             into = (into * weights.reshape(-1, 1)[order.source]).to(dtype)
         rows = by_hand(params, into, order.offs, recipe=MXFP8)
-        return combine_rows(rows, order, weights if config.scores_on == "output" else None, config.top_k)
+        ones = torch.ones_like(weights)
+        given = weights if config.scores_on == "output" else ones
+        return _combine(config.top_k, rows, order.source, order.slot, given)
 
     def fused(params, x):
         routed = Routed(order.source, order.slot, weights, config.scores_on)

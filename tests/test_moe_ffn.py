@@ -17,7 +17,8 @@ from moefp8 import (
     route,
     scaled_mm,
 )
-from moefp8.moe import combine_rows, gather_rows, sort_by_expert
+from moefp8.kernels.gathered import Gathered
+from moefp8.moe import sort_by_expert
 from moefp8.recipe import PRESETS
 
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -265,11 +266,12 @@ def test_gather_and_combine_are_transposes_of_each_other():
     order = sort_by_expert(torch.randint(5, (7, 3), generator=generator), 5)
     x = torch.randint(-8, 9, (7, 4), generator=generator).float()
     y = torch.randint(-8, 9, (21, 4), generator=generator).float()
-    rows, gather_vjp = vjp(lambda x: gather_rows(x, order, 3), x)
-    total, combine_vjp = vjp(lambda y: combine_rows(y, order, None, 3), y)
+    gathered = Gathered(x, order.source, order.slot, 3)
+    rows, (total, none) = gathered.rows(), gathered.collect(y)
+    assert none is None
     assert (rows * y).sum() == (x * total).sum()
-    assert torch.equal(gather_vjp(y)[0], total)
-    assert torch.equal(combine_vjp(x)[0], rows)
+    assert torch.equal(rows, x[order.source // 3])
+    assert torch.equal(total, y[order.slot].view(7, 3, 4).sum(1))
 
 
 def test_the_gradient_of_a_token_is_rounded_once():
@@ -277,7 +279,7 @@ def test_the_gradient_of_a_token_is_rounded_once():
     order = sort_by_expert(torch.tensor([[0, 1, 2, 3]]), 4)
     copies = torch.tensor([[1.0], [2.0**-9], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16)
     x = torch.zeros(1, 1, dtype=torch.bfloat16)
-    assert vjp(lambda x: gather_rows(x, order, 4), x)[1](copies)[0].item() == 1 + 2.0**-7
+    assert Gathered(x, order.source, order.slot, 4).collect(copies)[0].item() == 1 + 2.0**-7
 
 
 @recipes
