@@ -136,7 +136,7 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
     wants = iter(needed)
     x_needed, *weights_needed = (next(wants) for _ in range(4))
     biases_needed = [next(wants) if has else False for has in static.has_bias]
-    _, _, _, scores_needed = (next(wants) if n == 0 or static.copies else False for n in range(4))
+    scores_needed = bool(static.copies) and list(wants)[3]  # after offs, copy and slot
     on_output = scores_needed and static.side == "output"
     into_needed = x_needed or (scores_needed and static.side == "input")
     into, *gradients, d_scores = static.products.ffn_backward(
@@ -152,8 +152,7 @@ def _ffn_bwd(static: FFN, needed: tuple[bool, ...], *residuals: Tensor) -> Seque
     if static.copies:
         grads += [None, None, d_scores]
     if static.probed:
-        cotangents = _cotangent_statistics(static, x, g) if needed[len(grads)] else None
-        grads.append(cotangents)
+        grads.append(_cotangent_statistics(static, x, g) if needed[len(grads)] else None)
     return [*grads, *(None,) * (count - len(grads))]
 
 

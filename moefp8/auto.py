@@ -173,8 +173,7 @@ def choose_recipe(
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
     device = torch.device(device)
-    if card is None and device.type == "cuda":
-        card = _measured(_card_name(str(device)))
+    card = card or _card_of(device)
     recipe = _faster(rows, dim, hidden, num_experts, bias, dtype, card)
     if card is None:
         return Choice(recipe, f"FP8 is emulated on a {device.type.upper()}, and slower")
@@ -214,7 +213,11 @@ def _faster(
     return MXFP8 if low <= high and low * (1 + card.error) <= ALLOWED * high else BF16
 
 
-def _measured(name: str) -> Card:
+def _card_of(device: torch.device) -> Card | None:
+    """None but for a GPU."""
+    if device.type != "cuda":
+        return None
+    name = _card_name(str(device))
     if name not in CARDS:
         known = ", ".join(map(repr, CARDS)) or "none yet"
         raise NotImplementedError(
@@ -233,5 +236,4 @@ def resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
     if dtype == torch.float64:  # which no recipe quantises
         return BF16
     bias = any(key in params for key in ("b1", "b2", "b3"))
-    card = _measured(_card_name(str(x.device))) if x.device.type == "cuda" else None
-    return _faster(rows, dim, hidden, num_experts, bias, dtype, card)
+    return _faster(rows, dim, hidden, num_experts, bias, dtype, _card_of(x.device))
