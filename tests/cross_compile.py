@@ -151,10 +151,10 @@ def products(implementation, recipe, *, bias=False, out_dtype=torch.bfloat16):
 
 def feed_forward(implementation, recipe):
     """Forward and backward of the experts, 16 of them, D = 2048 and H = 1408."""
-    tokens, d, h, groups = 16384, 2048, 1408, 16
-    x, offs = torch.empty(tokens, d, dtype=torch.bfloat16), torch.empty(groups, dtype=torch.int32)
     from moefp8.kernels.gathered import Gathered
 
+    tokens, d, h, groups = 16384, 2048, 1408, 16
+    x, offs = torch.empty(tokens, d, dtype=torch.bfloat16), torch.empty(groups, dtype=torch.int32)
     shapes = ((groups, h, d), (groups, d, h), (groups, h, d))
     weights = tuple(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
     none = (None, None, None)

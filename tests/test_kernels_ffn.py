@@ -46,9 +46,9 @@ def _arithmetic_kernel(
 ):  # fmt: skip
     at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     here = at < size
-    g = _swiglu.widened(tl.load(gate + at, mask=here, other=0), HARDWARE)
-    u = _swiglu.widened(tl.load(up + at, mask=here, other=0), HARDWARE)
-    c = _swiglu.widened(tl.load(cotangent + at, mask=here, other=0), HARDWARE)
+    g = _swiglu.load_wide(gate, at, here, HARDWARE)
+    u = _swiglu.load_wide(up, at, here, HARDWARE)
+    c = _swiglu.load_wide(cotangent, at, here, HARDWARE)
     s = _swiglu.sigmoid_at(g, sigmoid, at, here, EXACT, HARDWARE)
     tl.store(out_sigmoid + at, s, mask=here)
     tl.store(out + at, _swiglu.hidden_of(g, u, s, DTYPE, HARDWARE), mask=here)

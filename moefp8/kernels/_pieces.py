@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from moefp8.formats import BLOCK
+from moefp8.kernels._fp8 import encode, scale_of
+from moefp8.kernels._round import widened
 
 
 @triton.jit
@@ -129,6 +131,24 @@ def store_scales(scale, row, factor, real):
     lane = tl.arange(0, 32)[None, :]
     value = tl.broadcast_to(factor[:, None], (factor.shape[0], 32))
     tl.store(scale + row[:, None] + lane, value, mask=real & (lane == 0))
+
+
+@triton.jit
+def store_rows(
+    values, amax, data, scale, row, real, columns,
+    OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write rows ``values``, pieces of (ROWS, LANES) with maxima ``amax`` (bits), and their scales."""
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+    store_scales(scale, row, factor, real)
+    to = data + row.to(tl.int64)[:, None] * columns
+    for p in tl.static_range(len(values)):
+        column = code_columns_of(p, LANES)
+        scaled = widened(values[p], HARDWARE) * inverse[:, None]
+        code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
+        tl.store(to + column, code, mask=real & (column < columns))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moefp8.kernels._swiglu import rounded
+from moefp8.kernels._round import rounded
 
 
 @triton.jit

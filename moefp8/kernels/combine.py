@@ -18,13 +18,14 @@ from torch import Tensor
 
 from moefp8._leaf import by_loop, leaf
 
-_HAS_KERNELS = find_spec("triton") is not None
-if _HAS_KERNELS:
+HAS_KERNELS = find_spec("triton") is not None
+if HAS_KERNELS:
     from moefp8.kernels import combine_gpu
 
 
-def _on_gpu(y: Tensor) -> bool:
-    return _HAS_KERNELS and y.device.type == "cuda" and y.dtype != torch.float64
+def on_gpu(y: Tensor) -> bool:
+    """Whether the kernels for what is not a product run on ``y``, rather than torch."""
+    return HAS_KERNELS and y.device.type == "cuda" and y.dtype != torch.float64
 
 
 def reference(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Tensor:
@@ -69,7 +70,7 @@ def combine(y: Tensor, slot: Tensor, weights: Tensor | None, copies: int) -> Ten
         weights: ``(T, copies)``, or None for ones.
         copies: rows to a token, at least 1.
     """
-    return (combine_gpu.combine if _on_gpu(y) else reference)(y, slot, weights, copies)
+    return (combine_gpu.combine if on_gpu(y) else reference)(y, slot, weights, copies)
 
 
 def _fake_spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
@@ -79,7 +80,7 @@ def _fake_spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -
 @leaf("spread", fake=_fake_spread, vmap=by_loop)
 def spread(x: Tensor, copy: Tensor, weights: Tensor | None, copies: int) -> Tensor:
     """``out[i] = weights.flatten()[copy[i]] * x[copy[i] // copies]``, (M, D) of the dtype of ``x``."""
-    return (combine_gpu.spread if _on_gpu(x) else reference_spread)(x, copy, weights, copies)
+    return (combine_gpu.spread if on_gpu(x) else reference_spread)(x, copy, weights, copies)
 
 
 def _fake_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
@@ -90,7 +91,7 @@ def _fake_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
 @leaf("row_dots", fake=_fake_dots, vmap=by_loop)
 def row_dots(y: Tensor, slot: Tensor, x: Tensor, copies: int) -> Tensor:
     """``out[t, j] = y[slot[t * copies + j]] . x[t]``, (T, copies) in float32 (float64 if ``y`` is)."""
-    return (combine_gpu.row_dots if _on_gpu(y) else reference_dots)(y, slot, x, copies)
+    return (combine_gpu.row_dots if on_gpu(y) else reference_dots)(y, slot, x, copies)
 
 
 def reference_swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
@@ -107,4 +108,4 @@ def _fake_swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
 @leaf("swiglu_dots", fake=_fake_swiglu_dots, vmap=by_loop)
 def swiglu_dots(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
     """``out[i] = sum over h of silu(gate[i, h]) * up[i, h] * x[i, h]``, (M,), at least float32."""
-    return (combine_gpu.swiglu_dots if _on_gpu(gate) else reference_swiglu_dots)(gate, up, x)
+    return (combine_gpu.swiglu_dots if on_gpu(gate) else reference_swiglu_dots)(gate, up, x)

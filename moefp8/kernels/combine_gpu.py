@@ -12,10 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefp8.kernels._swiglu import load_wide, rounded
+from moefp8.kernels._round import rounded
 
 #: Longest piece of a row that a program takes: 16 elements to each of 128 threads.
 _COLUMNS = 2048
+
+
+@triton.jit
+def _load(x, at, mask):
+    """Elements of ``x`` in float32, 0 where masked."""
+    return tl.load(x + at, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -30,7 +36,7 @@ def _combine_kernel(
     total = tl.zeros((COLUMNS,), tl.float32)
     for j in tl.static_range(COPIES):
         at = tl.load(slot + token * COPIES + j) * columns + column
-        row = load_wide(y, at, inside)
+        row = _load(y, at, inside)
         if WEIGHTED:
             row = row * tl.load(weights + token * COPIES + j).to(tl.float32)
         if j == 0:
@@ -51,7 +57,7 @@ def _spread_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     which = tl.load(copy + row)
-    value = load_wide(x, which // COPIES * columns + column, inside)
+    value = _load(x, which // COPIES * columns + column, inside)
     if WEIGHTED:
         value = value * tl.load(weights + which).to(tl.float32)
     value = rounded(value, out.dtype.element_ty, HARDWARE).to(out.dtype.element_ty)
@@ -68,7 +74,7 @@ def _row_dots_kernel(y, x, slot, out, columns, COPIES: tl.constexpr, COLUMNS: tl
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < columns
-        product += load_wide(y, from_row + column, inside) * load_wide(x, from_token + column, inside)
+        product += _load(y, from_row + column, inside) * _load(x, from_token + column, inside)
     tl.store(out + copy, tl.sum(product, 0))
 
 
@@ -80,9 +86,9 @@ def _swiglu_dots_kernel(gate, up, x, out, columns, COLUMNS: tl.constexpr):
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < columns
-        g = load_wide(gate, row + column, inside)
-        hidden = g * tl.sigmoid(g) * load_wide(up, row + column, inside)
-        product += hidden * load_wide(x, row + column, inside)
+        g = _load(gate, row + column, inside)
+        hidden = g * tl.sigmoid(g) * _load(up, row + column, inside)
+        product += hidden * _load(x, row + column, inside)
     tl.store(out + tl.program_id(0), tl.sum(product, 0))
 
 

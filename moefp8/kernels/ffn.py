@@ -13,7 +13,6 @@ twice and each cotangent up to twice; what a fused implementation saves is that,
 """
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from moefp8._leaf import leaf, over_leading
 from moefp8.groups import group_ids
-from moefp8.kernels.combine import swiglu_dots
+from moefp8.kernels.combine import HAS_KERNELS, on_gpu, swiglu_dots
 from moefp8.kernels.gathered import Gathered
 from moefp8.recipe import Recipe
 
-_HAS_KERNELS = find_spec("triton") is not None
-if _HAS_KERNELS:
+if HAS_KERNELS:
     from moefp8.kernels import swiglu_gpu
 
 #: ``(w1, w2, w3)`` or ``(b1, b2, b3)``, in the order of their names.
@@ -48,10 +46,6 @@ def swiglu_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor,
     return (d * u * (s * (1 + g * (1 - s)))).to(gate.dtype), (d * (g * s)).to(up.dtype)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return _HAS_KERNELS and x.device.type == "cuda" and x.dtype != torch.float64
-
-
 def _fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -59,7 +53,7 @@ def _fake(gate: Tensor, up: Tensor) -> Tensor:
 @leaf("swiglu", fake=_fake, vmap=over_leading)
 def swiglu_in_one(gate: Tensor, up: Tensor) -> Tensor:
     """:func:`swiglu` in one pass where there is a kernel for it."""
-    return (swiglu_gpu.swiglu if _on_gpu(gate) else swiglu)(gate, up)
+    return (swiglu_gpu.swiglu if on_gpu(gate) else swiglu)(gate, up)
 
 
 def _fake_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +63,7 @@ def _fake_backward(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor, 
 @leaf("swiglu_backward", fake=_fake_backward, vmap=over_leading)
 def swiglu_backward_in_one(gate: Tensor, up: Tensor, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`swiglu_backward` in one pass where there is a kernel for it."""
-    return (swiglu_gpu.swiglu_backward if _on_gpu(gate) else swiglu_backward)(gate, up, d_hidden)
+    return (swiglu_gpu.swiglu_backward if on_gpu(gate) else swiglu_backward)(gate, up, d_hidden)
 
 
 def score_gradient(

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefp8._leaf import by_loop, leaf
 from moefp8.groups import group_ids
-from moefp8.kernels._swiglu import rounded
+from moefp8.kernels._round import rounded
 from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
 from moefp8.kernels.plan import Plan
 

@@ -75,9 +75,16 @@ def _produce(shape, lists, rings, a_desc, b_desc, CONTRACTION: gl.constexpr, WID
 
 
 @gluon.jit
-def _store(c, out, row, n, columns, c_end):
+def _elements(row, n, columns, c_end):
+    """Offsets of a piece in the result, and which of them are in it."""
     at = gl.expand_dims(row.to(gl.int64) * columns, 1) + gl.expand_dims(n, 0)
-    gl.store(c + at, out, mask=gl.expand_dims(row < c_end, 1) & gl.expand_dims(n < columns, 0))
+    return at, gl.expand_dims(row < c_end, 1) & gl.expand_dims(n < columns, 0)
+
+
+@gluon.jit
+def _store(c, out, row, n, columns, c_end):
+    at, here = _elements(row, n, columns, c_end)
+    gl.store(c + at, out, mask=here)
 
 
 @gluon.jit
@@ -114,10 +121,8 @@ def _finish(
         acc = acc + gl.expand_dims(gl.convert_layout(added, across), 0)
     out = acc.to(c.dtype.element_ty)
     if ADD:  # two roundings, as if the product had been written and then added
-        n = column + gl.arange(0, COLUMNS, across)
-        at = gl.expand_dims(row.to(gl.int64) * columns, 1) + gl.expand_dims(n, 0)
-        keep = gl.expand_dims(row < c_end, 1) & gl.expand_dims(n < columns, 0)
-        there = gl.load(c + at, mask=keep, other=0.0)
+        at, here = _elements(row, column + gl.arange(0, COLUMNS, across), columns, c_end)
+        there = gl.load(c + at, mask=here, other=0.0)
         out = (out.to(gl.float32) + there.to(gl.float32)).to(c.dtype.element_ty)
     if TMA_STORE:
         if c_row + ROWS <= c_end:

@@ -29,14 +29,11 @@ from moefp8.kernels._fp8 import (
     INF_BITS,
     MX_BLOCK,
     TRITON_DTYPES,
-    encode,
     encoding,
     magnitude_bits,
-    scale_of,
 )
 from moefp8.kernels._pieces import (
     appended,
-    code_columns_of,
     column_maxima,
     columns_of,
     equal_pieces,
@@ -44,10 +41,9 @@ from moefp8.kernels._pieces import (
     no_maxima,
     row_maxima,
     store_maxima,
-    store_scales,
+    store_rows,
 )
 from moefp8.kernels._rows import places, scored
-from moefp8.kernels._swiglu import widened
 from moefp8.kernels.gathered import Gathered
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.reference import scale_rule
@@ -89,14 +85,10 @@ def _quantize_rows_kernel(
                 largest = column_maxima(largest, bits, HARDWARE)
             amax = row_maxima(bits, dtype, HARDWARE)
             top = tl.maximum(top, amax)
-            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            store_scales(scale, row, factor, real)
-            to = row.to(tl.int64)[:, None] * columns
-            for p in tl.static_range(PIECES):
-                column = code_columns_of(p, LANES)
-                scaled = widened(values[p], HARDWARE) * inverse[:, None]
-                code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-                tl.store(data + to + column, code, mask=real & (column < columns))
+            store_rows(
+                values, amax, data, scale, row, real, columns,
+                OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
+            )  # fmt: skip
         tl.store(band_poisoned + band, (tl.max(top, 0) >= INF_BITS).to(tl.int32))
         if COLUMN_AMAX:
             store_maxima(band_amax, band, largest, columns, dtype, LANES)
@@ -205,10 +197,12 @@ def _quantize_rows(
     common = dict(
         COPIES=copies, SCORED=scores is not None, OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
         **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
-        SEGMENT=SEGMENT, BAND=how.band, num_warps=how.warps,
+        SEGMENT=SEGMENT, BAND=how.band,
     )  # fmt: skip
-    _quantize_rows_kernel[(bands,)](*arguments, ROWS=how.rows, PIECES=how.pieces, LANES=how.lanes, **common)
-    _repair_poisoned_kernel[(bands,)](*arguments, COLUMNS=how.padded, **common)
+    _quantize_rows_kernel[(bands,)](
+        *arguments, ROWS=how.rows, PIECES=how.pieces, LANES=how.lanes, num_warps=how.warps, **common
+    )
+    _repair_poisoned_kernel[(bands,)](*arguments, COLUMNS=how.padded, num_warps=how.padded_warps, **common)
     if column_amax:
         amax, poisoned = reduce_bands(band_amax, band_poisoned, ends, how.band)
     return data, scale, amax, poisoned

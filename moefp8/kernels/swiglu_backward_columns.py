@@ -24,14 +24,15 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
+from moefp8.kernels._round import widened
 from moefp8.kernels._swiglu import (
     STEEP,
     d_gate_of,
     d_up_of,
     hidden_of,
+    load_wide,
     sigmoid_at,
     sigmoid_for,
-    widened,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
@@ -89,9 +90,9 @@ def _swiglu_backward_columns_kernel(
         here = (row < end)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         dtype: tl.constexpr = gate.dtype.element_ty
-        g = widened(tl.load(gate + at, mask=here, other=0), HARDWARE)
-        u = widened(tl.load(up + at, mask=here, other=0), HARDWARE)
-        c = widened(tl.load(cotangent + at, mask=here, other=0), HARDWARE)
+        g = load_wide(gate, at, here, HARDWARE)
+        u = load_wide(up, at, here, HARDWARE)
+        c = load_wide(cotangent, at, here, HARDWARE)
         s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
         if tl.min(tl.min(g, 1), 0) < STEEP:
             s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)

@@ -18,14 +18,11 @@ from moefp8.kernels._fp8 import (
     INF_BITS,
     MX_BLOCK,
     TRITON_DTYPES,
-    encode,
     encoding,
     magnitude_bits,
-    scale_of,
 )
 from moefp8.kernels._pieces import (
     appended,
-    code_columns_of,
     column_maxima,
     columns_of,
     equal_pieces,
@@ -34,16 +31,17 @@ from moefp8.kernels._pieces import (
     no_maxima,
     row_maxima,
     store_maxima,
-    store_scales,
+    store_rows,
 )
+from moefp8.kernels._round import widened
 from moefp8.kernels._swiglu import (
     any_steep,
     d_gate_of,
     d_up_of,
+    load_wide,
     sigmoid_at,
     sigmoid_for,
     steepness,
-    widened,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
@@ -55,29 +53,10 @@ def _gradients(gate, up, cotangent, sigmoid, at, mask, EXACT: tl.constexpr, HARD
     """Both gradients at offsets ``at``, and the gate."""
     gates = tl.load(gate + at, mask=mask, other=0)
     g = widened(gates, HARDWARE)
-    u = widened(tl.load(up + at, mask=mask, other=0), HARDWARE)
-    c = widened(tl.load(cotangent + at, mask=mask, other=0), HARDWARE)
+    u, c = load_wide(up, at, mask, HARDWARE), load_wide(cotangent, at, mask, HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, EXACT, HARDWARE)
     d_gate = d_gate_of(g, u, c, s, gates.dtype, HARDWARE)
     return d_gate, d_up_of(g, c, s, gates.dtype, HARDWARE), gates
-
-
-@triton.jit
-def _store_rows(
-    values, amax, data, scale, row, real, columns,
-    OUT: tl.constexpr,
-    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
-    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Write rows ``values``, pieces of (ROWS, LANES) with maxima ``amax`` (bits), and their scales."""
-    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-    store_scales(scale, row, factor, real)
-    to = data + row.to(tl.int64)[:, None] * columns
-    for p in tl.static_range(len(values)):
-        column = code_columns_of(p, LANES)
-        scaled = widened(values[p], HARDWARE) * inverse[:, None]
-        code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-        tl.store(to + column, code, mask=real & (column < columns))
 
 
 @triton.jit
@@ -121,11 +100,11 @@ def _swiglu_backward_rows_kernel(
             gate_amax = row_maxima(gate_bits, dtype, HARDWARE)
             up_amax = row_maxima(up_bits, dtype, HARDWARE)
             top = tl.maximum(top, tl.maximum(gate_amax, up_amax))
-            _store_rows(
+            store_rows(
                 gate_values, gate_amax, gate_data, gate_scale, row, real, columns,
                 OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
             )  # fmt: skip
-            _store_rows(
+            store_rows(
                 up_values, up_amax, up_data, up_scale, row, real, columns,
                 OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
             )  # fmt: skip

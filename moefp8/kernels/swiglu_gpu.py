@@ -9,15 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefp8.kernels._swiglu import d_gate_of, d_up_of, hidden_of, sigmoid_at, sigmoid_for, widened
+from moefp8.kernels._swiglu import d_gate_of, d_up_of, hidden_of, load_wide, sigmoid_at, sigmoid_for
 
 #: Elements to a program: 16 to each of 128 threads.
 _ELEMENTS = 2048
-
-
-@triton.jit
-def _wide(x, at, mask, HARDWARE: tl.constexpr):
-    return widened(tl.load(x + at, mask=mask, other=0), HARDWARE)
 
 
 @triton.jit
@@ -26,7 +21,7 @@ def _swiglu_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = at < count
-    g, u = _wide(gate, at, mask, HARDWARE), _wide(up, at, mask, HARDWARE)
+    g, u = load_wide(gate, at, mask, HARDWARE), load_wide(up, at, mask, HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, True, HARDWARE)
     tl.store(hidden + at, hidden_of(g, u, s, hidden.dtype.element_ty, HARDWARE), mask=mask)
 
@@ -37,8 +32,8 @@ def _swiglu_backward_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = at < count
-    g, u = _wide(gate, at, mask, HARDWARE), _wide(up, at, mask, HARDWARE)
-    c = _wide(cotangent, at, mask, HARDWARE)
+    g, u = load_wide(gate, at, mask, HARDWARE), load_wide(up, at, mask, HARDWARE)
+    c = load_wide(cotangent, at, mask, HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, True, HARDWARE)
     dtype: tl.constexpr = d_gate.dtype.element_ty
     tl.store(d_gate + at, d_gate_of(g, u, c, s, dtype, HARDWARE), mask=mask)

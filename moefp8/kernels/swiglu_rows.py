@@ -18,14 +18,11 @@ from moefp8.kernels._fp8 import (
     INF_BITS,
     MX_BLOCK,
     TRITON_DTYPES,
-    encode,
     encoding,
     magnitude_bits,
-    scale_of,
 )
 from moefp8.kernels._pieces import (
     appended,
-    code_columns_of,
     column_maxima,
     columns_of,
     equal_pieces,
@@ -34,15 +31,16 @@ from moefp8.kernels._pieces import (
     no_maxima,
     row_maxima,
     store_maxima,
-    store_scales,
+    store_rows,
 )
+from moefp8.kernels._round import widened
 from moefp8.kernels._swiglu import (
     any_steep,
     hidden_of,
+    load_wide,
     sigmoid_at,
     sigmoid_for,
     steepness,
-    widened,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.kernels.quantize_rows import RowQuantized
@@ -55,7 +53,7 @@ def _hidden(gate, up, sigmoid, at, mask, EXACT: tl.constexpr, HARDWARE: tl.const
     gates = tl.load(gate + at, mask=mask, other=0)
     g = widened(gates, HARDWARE)
     s = sigmoid_at(g, sigmoid, at, mask, EXACT, HARDWARE)
-    u = widened(tl.load(up + at, mask=mask, other=0), HARDWARE)
+    u = load_wide(up, at, mask, HARDWARE)
     return hidden_of(g, u, s, gates.dtype, HARDWARE), gates
 
 
@@ -92,13 +90,10 @@ def _swiglu_rows_kernel(
                 largest = column_maxima(largest, bits, HARDWARE)
             amax = row_maxima(bits, dtype, HARDWARE)
             top = tl.maximum(top, amax)
-            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            store_scales(scale, row, factor, real)
-            for p in tl.static_range(PIECES):
-                column = code_columns_of(p, LANES)
-                scaled = widened(values[p], HARDWARE) * inverse[:, None]
-                code = encode(scaled, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-                tl.store(data + at + column, code, mask=real & (column < columns))
+            store_rows(
+                values, amax, data, scale, row, real, columns,
+                OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, LANES,
+            )  # fmt: skip
         sick = (tl.max(top, 0) >= INF_BITS) | any_steep(steepest, dtype)
         tl.store(band_poisoned + band, sick.to(tl.int32))
         if COLUMN_AMAX:
