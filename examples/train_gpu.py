@@ -24,7 +24,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def cross_entropy(
         y, layer_stats = moe_ffn(experts, tokens, config=config.moe, recipe=recipe)
         x = x + y.float()
         stats.append(layer_stats)
-    hidden, head = lm.rms_norm(x, params["norm"]).bfloat16(), params["embedding"].bfloat16()
+    hidden, head = lm.rms_norm(x, params["norm"]).bfloat16(), params["head"].bfloat16()
     logits = F.linear(hidden, head).float()
     return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), stats
 
@@ -104,6 +104,58 @@ def evaluate(
     losses = torch.stack([entropy for entropy, _ in results])
     counts = [torch.stack([s.tokens_per_expert for s in stats]) for _, stats in results]
     return losses.mean().item(), torch.stack(counts).sum(0).cpu()
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+#: ``step(params, state, text, rate)`` gives new parameters, new optimizer state and the cross-entropy.
+Step = Callable[[lm.Params, lm.AdamState, Tensor, Tensor], tuple[lm.Params, lm.AdamState, Tensor]]
+
+
+def train_step(
+    params: lm.Params,
+    state: lm.AdamState,
+    text: Tensor,
+    rate: Tensor,
+    config: lm.ModelConfig,
+    recipe: Recipe,
+) -> tuple[lm.Params, lm.AdamState, Tensor]:
+    loss = functools.partial(loss_fn, config=config, recipe=recipe)
+    grads, (_, entropy) = torch.func.grad_and_value(loss, has_aux=True)(params, text)
+    params, state = lm.adamw(params, grads, state, rate)
+    return params, state, entropy.detach()
+
+
+def graphed(step: Step, params: lm.Params, state: lm.AdamState, text: Tensor, rate: Tensor) -> Step:
+    """``step`` as one CUDA graph, which Python launches at once: a step of a small model is hundreds of
+    kernels, and they take less time than their launches.
+
+    Inputs and outputs of a graph lie where they lay at the capture: the new parameters and the new state
+    overwrite ``params`` and ``state``, which every call must get again.
+    """
+    # A pure function may run to compile its kernels, and be forgotten.
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        step(params, state, text, rate)
+    torch.cuda.current_stream().wait_stream(warm_up)
+
+    text, rate = text.clone(), rate.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        new_params, new_state, entropy = step(params, state, text, rate)
+        old, new = pytree.tree_leaves((params, state)), pytree.tree_leaves((new_params, new_state))
+        torch._foreach_copy_(old, new)
+
+    def replay(
+        params: lm.Params, state: lm.AdamState, new_text: Tensor, new_rate: Tensor
+    ) -> tuple[lm.Params, lm.AdamState, Tensor]:
+        text.copy_(new_text)
+        rate.copy_(new_rate)
+        graph.replay()
+        return params, state, entropy.clone()
+
+    return replay
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -129,10 +181,11 @@ def train(
     """``args.steps`` steps from ``params`` under the recipe ``name``; ``text`` lies on the CPU."""
     device, recipe = windows[0].device, RUNS[name]
     on_gpu = device.type == "cuda"
-    params = pytree.tree_map(lambda p: p.to(device), params)
-    state = lm.adamw_init(params)
+    # Copies, which a graph may overwrite.
+    params = pytree.tree_map(lambda p: p.to(device, copy=True), params)
+    state = pytree.tree_map(lambda s: s.to(device), lm.adamw_init(params))
     batches = torch.Generator().manual_seed(args.seed + 1)
-    loss = functools.partial(loss_fn, config=config, recipe=recipe)
+    step_fn: Step = functools.partial(train_step, config=config, recipe=recipe)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -147,10 +200,11 @@ def train(
             batch = draw_batch(text, args.batch, args.length, batches)
             # From pinned memory the copy does not make the host wait for the steps before.
             batch = (batch.pin_memory() if on_gpu else batch).to(device, non_blocking=True)
-            rate = lm.learning_rate(step, args.steps, args.learning_rate)
-            grads, (_, entropy) = torch.func.grad_and_value(loss, has_aux=True)(params, batch)
-            params, state = lm.adamw(params, grads, state, rate)
-            entropies.append(entropy.detach())
+            rate = torch.full((), lm.learning_rate(step, args.steps, args.learning_rate), device=device)
+            if step == 0 and on_gpu and not args.eager:
+                step_fn = graphed(step_fn, params, state, batch, rate)
+            params, state, entropy = step_fn(params, state, batch, rate)
+            entropies.append(entropy)
         last = entropies[-1].item()  # waits for the device
         lap_seconds.append((time.perf_counter() - start) / len(lap))
         held_out, _ = evaluate(params, windows, config, recipe)
@@ -233,7 +287,7 @@ def as_json(run: Run) -> dict[str, Any]:
 
 #: Flags that ``--short`` changes unless they are given.
 SHORT = {"steps": 6, "batch": 2, "length": 32, "layers": 1, "dim": 64, "heads": 2, "hidden": 64}
-SHORT |= {"experts": 4, "every": 3, "windows": 2}
+SHORT |= {"experts": 4, "every": 3, "windows": 4}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -245,7 +299,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1000, help="training steps")
     add("--short", action="store_true", help="a miniature of the whole job")
     add("--device", help="cuda (where there is one), cuda:1, ..., or cpu")
-    add("--batch", type=int, default=64, help="sequences a step")
+    add("--batch", type=int, default=32, help="sequences a step")
     add("--length", type=int, default=512, help="bytes a sequence")
     add("--layers", type=int, default=4, help="transformer blocks")
     add("--dim", type=int, default=1024, help="width of a token")
@@ -253,9 +307,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--hidden", type=int, default=1024, help="width inside an expert")
     add("--experts", type=int, default=8, help="experts a layer")
     add("--top-k", type=int, default=2, help="experts a token")
-    add("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
+    add("--learning-rate", type=float, default=5e-4, help="peak of the schedule")
     add("--every", type=int, default=50, help="steps between held-out points")
-    add("--windows", type=int, default=8, help="batches of held-out text")
+    add("--windows", type=int, default=512, help="sequences of held-out text, 64 at a time")
+    add("--eager", action="store_true", help="launch every kernel from Python, not a step as a CUDA graph")
     add("--seed", type=int, default=0, help="of the weights and the batches")
     add("--out", type=Path, default=Path("runs/train_gpu"), help="folder of results.json and loss.png")
     args = parser.parse_args(argv)
@@ -279,15 +334,15 @@ def main(argv: list[str] | None = None) -> None:
     moe = MoEConfig(args.dim, args.hidden, args.experts, args.top_k)
     config = lm.ModelConfig(args.layers, args.heads, moe)
     text, held_out = load_corpus()
-    windows = held_out_windows(held_out, args.batch, args.length, args.windows)
-    windows = [window.to(device) for window in windows]
+    (all_windows,) = held_out_windows(held_out, args.windows, args.length, 1)
+    windows = all_windows.to(device).split(64)
     args.out.mkdir(parents=True, exist_ok=True)
     found = environment(device)
     params = lm.init_model(torch.Generator().manual_seed(args.seed), config)
     count = sum(p.numel() for p in pytree.tree_leaves(params))
     lm_report.console.print(
         f"{count / 1e6:.1f} M parameters on {found['device']};\n{len(text) / 1e6:.1f} MB of text to train "
-        f"on, {len(windows) * args.batch * args.length / 1e6:.2f} MB held out\n"
+        f"on, {args.windows * args.length / 1e6:.2f} MB held out\n"
         f"{args.steps} steps of {args.batch} x {args.length} bytes"
     )
 

@@ -55,7 +55,7 @@ class ModelConfig(NamedTuple):
 
 
 def init_model(generator: torch.Generator, config: ModelConfig) -> Params:
-    """Embedding, blocks of attention and MoE, and a final norm; the head is the embedding again."""
+    """Embedding, blocks of attention and MoE, a norm and a head, whose first loss is about ln(vocab)."""
     dim = config.moe.dim
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -75,6 +75,7 @@ def init_model(generator: torch.Generator, config: ModelConfig) -> Params:
         "embedding": normal(config.vocab, dim, std=dim**-0.5),
         "blocks": [block() for _ in range(config.layers)],
         "norm": torch.ones(dim),
+        "head": normal(config.vocab, dim, std=0.5 * dim**-0.5),
     }
 
 
@@ -121,7 +122,7 @@ def model(
         y, layer_stats = moe_ffn(low(block["moe"]), rows, config=config.moe, recipe=recipe, **more)
         x = x + y.float()
         stats.append(layer_stats)
-    return F.linear(rms_norm(x, params["norm"]), params["embedding"]), stats
+    return F.linear(rms_norm(x, params["norm"]), params["head"]), stats
 
 
 def cross_entropy(
