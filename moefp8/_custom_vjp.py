@@ -11,7 +11,9 @@ What follows from it, for whoever adds an operation:
 
 * kernels are called inside ``fwd`` and ``bwd`` only, never in a Function's ``backward``;
 * ``fwd`` and ``bwd`` write nothing in place (pytorch #180642);
-* static arguments travel in one hashable NamedTuple, tensors as flat operands without None.
+* static arguments travel in one hashable NamedTuple, tensors as flat operands without None. To the
+  Function itself they are a ``Static``: functorch flattens its arguments some twenty times a call, and
+  the fields of a recipe would be most of what it finds.
 """
 
 import contextlib
@@ -70,6 +72,15 @@ def _refuse(name: str, why: str) -> Callable:
     return refuse
 
 
+class Static:
+    """An argument that is no pytree."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 _NO_FORWARD_MODE = "forward-mode derivatives are not defined; use reverse mode"
 
 
@@ -93,10 +104,14 @@ def custom_vjp(
     fwd, bwd = _as_written(fwd), _as_written(bwd)
     # vmap compares the structures of outputs, and autograd turns a list into a tuple on the way.
     no_second_order = _refuse(name, "second-order derivatives are not defined")
-    backward_once = _function(name, lambda *args: tuple(bwd(*args)), no_second_order, no_second_order)
 
-    def forward(static: Any, *operands: Tensor) -> tuple[Tensor, ...]:
-        out, residuals = fwd(static, *operands)
+    def forward_of_backward(static: Static, *residuals: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(bwd(*static.value, *residuals))
+
+    backward_once = _function(name, forward_of_backward, no_second_order, no_second_order)
+
+    def forward(static: Static, *operands: Tensor) -> tuple[Tensor, ...]:
+        out, residuals = fwd(static.value, *operands)
         # A Function may not return an input as an output; a view of it is fine.
         is_operand = {id(x) for x in operands}
         return (out, *(r.view_as(r) if id(r) in is_operand else r for r in residuals))
@@ -113,7 +128,8 @@ def custom_vjp(
         needed = tuple(ctx.needs_input_grad[1:])
         if cotangent is None:  # nothing downstream depends on the result
             return (None,) * (1 + len(needed))
-        return (None, *backward_once.apply(ctx.static, needed, *ctx.saved_tensors, cotangent))
+        static = Static((ctx.static.value, needed))
+        return (None, *backward_once.apply(static, *ctx.saved_tensors, cotangent))
 
     function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
 
@@ -121,7 +137,7 @@ def custom_vjp(
         # To a function mode the operation is one call: the arithmetic inside is not the caller's.
         if has_torch_function(operands):
             return handle_torch_function(op, operands, static, *operands)
-        return function.apply(static, *operands)[0]
+        return function.apply(Static(static), *operands)[0]
 
     op.__name__ = name
     return torch.compiler.allow_in_graph(op)
@@ -130,10 +146,14 @@ def custom_vjp(
 def non_differentiable(name: str, fn: Callable, instead: str) -> Callable:
     """``fn(static, *operands)`` as an operation whose derivative raises and says what to do instead."""
     no_derivative = _refuse(name, f"has no useful derivative; {instead}")
-    function = _function(name, fn, no_derivative, no_derivative)
+
+    def forward(static: Static, *operands: Tensor) -> Any:
+        return fn(static.value, *operands)
+
+    function = _function(name, forward, no_derivative, no_derivative)
 
     def op(static: Any, *operands: Tensor) -> Any:
-        return function.apply(static, *operands)
+        return function.apply(Static(static), *operands)
 
     return torch.compiler.allow_in_graph(op)
 

@@ -242,6 +242,11 @@ def _gemm_kernel(
     )
 
 
+#: Of tiles in shared memory, by bytes to an element of the result; made once, which takes microseconds.
+_FP8 = gl.NVMMASharedLayout(128, 8)
+_STORED = {2: gl.NVMMASharedLayout(128, 16), 4: gl.NVMMASharedLayout(128, 32)}
+
+
 def _promotion(promote: int, length: int) -> int:
     """Steps between promotions for the kernel: 0 if ``length``, the longest contraction, has no more."""
     steps = max(promote // _STEP, 1)
@@ -253,7 +258,6 @@ def launch(
     tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int, add: bool,
 ) -> None:  # fmt: skip
     """Fill ``out``, or add to it; the arguments are those of ``gemm._launch``."""
-    element, store = gl.NVMMASharedLayout(128, 8), gl.NVMMASharedLayout(128, 8 * min(out.itemsize, 4))
     flat = out.view(-1, shape.columns)
     # A float32 output tile does not fit beside the ring: it is stored from registers.
     tma_store = out.itemsize == 2
@@ -262,9 +266,9 @@ def launch(
     shape = shape._replace(column_tiles=triton.cdiv(shape.columns, width))
     grid = min(shape.row_tiles * shape.column_tiles, multiprocessors(a.device))
     _gemm_kernel[(grid,)](
-        TensorDescriptor.from_tensor(a, [_ROWS, _STEP], element),
-        TensorDescriptor.from_tensor(b, [width, _STEP], element),
-        TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS], store),
+        TensorDescriptor.from_tensor(a, [_ROWS, _STEP], _FP8),
+        TensorDescriptor.from_tensor(b, [width, _STEP], _FP8),
+        TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS], _STORED[out.itemsize]),
         flat, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
         CONTRACTION=contraction, PROMOTE=steps, BIAS=bias is not None,
         ADD=add, TMA_STORE=tma_store, WIDTH=width, num_warps=4, maxnreg=168,
