@@ -116,9 +116,17 @@ class Choice(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def _card_name(device: str) -> str:
-    """Asked while tracing, and a constant of the graph."""
-    return torch.cuda.get_device_name(device)
+def _card_name(device: str) -> str | None:
+    """Asked while tracing, and a constant of the graph; None for a GPU that is not there."""
+    return _ask_card_name(device)
+
+
+@torch.compiler.disable  # Dynamo enters what it called for a constant once the caller has raised
+def _ask_card_name(device: str) -> str | None:
+    try:
+        return torch.cuda.get_device_name(device)
+    except (AssertionError, RuntimeError):  # torch without CUDA, no driver, no such number
+        return None
 
 
 def choose_recipe(
@@ -146,14 +154,15 @@ def choose_recipe(
         bias: the experts have biases.
         dtype: of tokens and weights. The kernels' unquantised products take bfloat16 and no bias; for what
             they do not take MXFP8 it is.
-        device: where the layer runs.
+        device: where the layer runs. Not asked if ``card`` is given.
         card: measurements of your own; those that come with the library if left out.
 
     Returns:
         A :class:`Choice`; ``print`` says what and why.
 
     Raises:
-        ValueError: a size that is not positive (``rows`` may be 0).
+        TypeError: ``card`` is no :class:`Card`.
+        ValueError: a size that is not positive (``rows`` may be 0); a GPU that torch does not find.
         NotImplementedError: a GPU of which there are no measurements.
 
     >>> print(choose_recipe(4096, 2048, 768, 128, device="cpu"))
@@ -172,6 +181,8 @@ def choose_recipe(
     ):
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
+    if card is not None and not isinstance(card, Card):
+        raise TypeError(f"card: expected a Card, got {card!r}")
     device = torch.device(device)
     card = card or _card_of(device)
     recipe = _faster(rows, dim, hidden, num_experts, bias, dtype, card)
@@ -218,6 +229,11 @@ def _card_of(device: torch.device) -> Card | None:
     if device.type != "cuda":
         return None
     name = _card_name(str(device))
+    if name is None:
+        raise ValueError(
+            f"device: expected a GPU that torch finds, got '{device}'; pass device='cpu', or for a GPU "
+            f"elsewhere its measurements, card=..."
+        )
     if name not in CARDS:
         known = ", ".join(map(repr, CARDS)) or "none yet"
         raise NotImplementedError(

@@ -68,6 +68,37 @@ def test_a_card_without_measurements_refuses(monkeypatch):
     assert choose_recipe(131072, 5120, 8192, 8, device="cuda:1").recipe == MXFP8
 
 
+@pytest.mark.parametrize("error", [AssertionError("no CUDA"), RuntimeError("no driver")])
+def test_a_gpu_that_torch_does_not_find(error, monkeypatch):
+    """Neither asked about with a card, nor for a CPU."""
+
+    def name(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
+    with pytest.raises(ValueError, match=r"^device: expected a GPU that torch finds, got 'cuda:7'; pass"):
+        choose_recipe(131072, 5120, 8192, 8, device="cuda:7")
+    assert choose_recipe(131072, 5120, 8192, 8, device="cuda:7", card=CARD).recipe == MXFP8
+    assert choose_recipe(131072, 5120, 8192, 8, device="cpu").recipe == BF16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(fresh_compiler):
+    def scaled(x):
+        return x * len(choose_recipe(131072, 5120, 8192, 8).recipe)
+
+    for f in (scaled, torch.compile(scaled, backend="eager")):
+        with pytest.raises(ValueError, match=r"^device: expected a GPU that torch finds, got 'cuda'"):
+            f(torch.ones(1))
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "", tuple(CARD)], ids=["name", "empty", "tuple"])
+def test_a_card_that_is_none(card):
+    for device in ("cpu", "cuda"):
+        with pytest.raises(TypeError, match=r"^card: expected a Card, got "):
+            choose_recipe(16, 32, 32, 2, card=card, device=device)
+
+
 def test_the_table_holds_what_was_measured():
     for name, card in auto.CARDS.items():
         assert all(rate >= 0 for rates in (card.bf16, card.mxfp8) for rate in rates), name
