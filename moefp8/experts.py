@@ -63,7 +63,7 @@ def expert_ffn(
     if isinstance(recipe, str) and recipe == "auto":
         _check(params, x, offs, BF16)
         recipe = resolve(params, x, x.shape[0])
-    _check(params, x, offs, recipe)
+    _check(params, x, offs, recipe, auto=True)
     return ffn(params, x, offs, recipe, implementation, quantized=quantized, probe=probe)
 
 
@@ -104,8 +104,10 @@ def expert_statistics(
     return ffn_statistics(params, x, offs, recipe, implementation)
 
 
-def _check(params: Mapping[str, Any], x: Tensor, offs: Tensor, recipe: Recipe) -> None:
-    check_recipe(recipe)
+def _check(
+    params: Mapping[str, Any], x: Tensor, offs: Tensor, recipe: Recipe, *, auto: bool = False
+) -> None:
+    check_recipe(recipe, auto=auto)
     check_operand(x, "x", recipe)
     if x.ndim != 2:
         raise ValueError(f"x: expected shape (M, D), got {tuple(x.shape)}")

@@ -143,7 +143,7 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> RowOrder:
 def _check_moe(params: Mapping[str, Any], x: Tensor, config: MoEConfig, recipe: Recipe) -> None:
     """What ``route`` does not check: unknown names, the experts, and what the recipe asks of dtypes."""
     check_config(config)
-    check_recipe(recipe)
+    check_recipe(recipe, auto=True)
     check_operand(x, "x", recipe)
     experts = ("w1", "w2", "w3", "b1", "b2", "b3")
     shared = ("shared",) if config.shared_hidden else ()

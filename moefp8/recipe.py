@@ -75,10 +75,14 @@ PRESETS = {
 }
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Reject a recipe with a field out of range; the error names product and field."""
+def check_recipe(recipe: Recipe, *, auto: bool = False) -> None:
+    """Reject a recipe with a field out of range; the error names product and field.
+
+    ``auto``: whether the caller takes "auto" as well, which the error then says.
+    """
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe: expected a Recipe such as moefp8.MXFP8, got {recipe!r}")
+        expected = "a Recipe such as moefp8.MXFP8" + (", or 'auto'" if auto else "")
+        raise TypeError(f"recipe: expected {expected}, got {recipe!r}")
     for product, gemm in zip(recipe._fields, recipe, strict=True):
         try:
             _check_gemm(gemm)

@@ -2,12 +2,26 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 from moe_oracle import VARIANTS, make, tokens
 
-from moefp8 import BF16, MXFP8, Card, Rates, auto, choose_recipe, expert_ffn, moe_ffn
+from moefp8 import (
+    BF16,
+    MXFP8,
+    Card,
+    Rates,
+    auto,
+    choose_recipe,
+    expert_ffn,
+    expert_statistics,
+    moe_ffn,
+    quantize_params,
+    scaled_grouped_mm,
+    scaled_mm,
+)
 from moefp8.auto import ALLOWED, Shape
 from moefp8.bench.fit_auto import SHAPES, Measured, as_json, fit, fit_card, main, report
 
@@ -148,10 +162,29 @@ def test_layers_run_under_what_was_chosen(recipe, monkeypatch):
     assert asked == [(15 * config.top_k, *sizes, *rest), (15, *sizes, *rest)]
 
 
-def test_auto_is_the_only_name():
-    for recipe in ("mxfp8", "AUTO"):
-        with pytest.raises(TypeError, match="recipe: expected a Recipe"):
-            layers(recipe)
+@pytest.mark.parametrize("recipe", ["mxfp8", "AUTO", None])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_auto_is_the_only_name(recipe, compiled, fresh_compiler):
+    """And where it is no name, the error does not offer it."""
+    params, x = make(VARIANTS["mixtral"], dtype=torch.float32), tokens(9, dtype=torch.float32)
+    offs = torch.full((8,), 9, dtype=torch.int32)
+    takers = (
+        lambda recipe: moe_ffn(params, x, config=VARIANTS["mixtral"].config, recipe=recipe),
+        lambda recipe: expert_ffn(params, x, offs, recipe=recipe),
+    )
+    others = (
+        lambda recipe: expert_statistics(params, x, offs, recipe=recipe),
+        lambda recipe: quantize_params(params, recipe),
+        lambda recipe: scaled_grouped_mm(x, params["w1"].mT, offs, recipe=recipe),
+        lambda recipe: scaled_mm(x, params["w1"][0].mT, recipe=recipe),
+    )
+    cases = [(f, recipe, "MXFP8, or 'auto', got") for f in takers]
+    cases += [(f, wrong, "MXFP8, got") for f in others for wrong in (recipe, "auto")]
+    for f, wrong, end in cases:
+        call = torch.compile(f, backend="eager") if compiled else f
+        message = re.escape(f"recipe: expected a Recipe such as moefp8.{end} {wrong!r}")
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            call(wrong)
 
 
 def test_the_name_of_the_card_is_a_constant_of_a_compiled_function(fresh_compiler, monkeypatch):
