@@ -21,7 +21,6 @@ class Request(NamedTuple):
     b_shape: tuple[int, ...]
     #: Span of a pre-quantised ``a``, None for one in high precision.
     a_group: int | None
-    has_bias: bool
     #: The caller named implementations, rather than leave the choice to the library.
     named: bool
 
@@ -75,7 +74,6 @@ def ffn_requests(
     dtype: torch.dtype,
     rows: int,
     weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
     recipe: Recipe,
     *,
     named: bool,
@@ -91,7 +89,6 @@ def ffn_requests(
             (rows, weights[i].shape[2]),
             (weights[i].shape[0], weights[i].shape[2], weights[i].shape[1]),
             None,
-            has_bias=biases[i] is not None,
             named=named,
         )
         for i in (0, 2, 1)

@@ -216,7 +216,7 @@ def _prepare(
         implementation = quantized.source.implementation
     rows = x.shape[0] if routed is None else routed.copy.shape[0]
     named = implementation is not None
-    requests = ffn_requests(x.device, x.dtype, rows, weights, biases, recipe, named=named)
+    requests = ffn_requests(x.device, x.dtype, rows, weights, recipe, named=named)
     chosen = choose(implementation, requests, REGISTRY)
     b1, b2, b3 = (bias is not None for bias in biases)
     copy, slot, scores, side = (None, None, None, "") if routed is None else routed

@@ -108,7 +108,6 @@ def prepare(
         tuple(a.shape),
         tuple(b.shape),
         a_group,
-        has_bias=bias is not None,
         named=implementation is not None,
     )
     chosen = choose(implementation, [request], REGISTRY)

@@ -20,7 +20,7 @@ from moefp8.kernels import REGISTRY
 from moefp8.recipe import MXFP8, Recipe, check_recipe
 from moefp8.routing import check_param
 
-WEIGHTS, BIASES = ("w1", "w2", "w3"), ("b1", "b2", "b3")
+WEIGHTS = ("w1", "w2", "w3")
 #: Elements of each expert's matrix that are remembered along either axis.
 _SAMPLED = 16
 
@@ -215,7 +215,6 @@ def _quantize_experts(
         dtype or weights[0].dtype,
         1,
         weights,
-        [params.get(key) for key in BIASES],
         recipe,
         named=implementation is not None,
     )

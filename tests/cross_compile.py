@@ -181,7 +181,7 @@ def routed():
 
 
 def launch_everything(capability):
-    from moefp8 import FP8_ROWWISE, MXFP8, MXFP8_EXACT
+    from moefp8 import BF16, FP8_ROWWISE, MXFP8, MXFP8_EXACT
     from moefp8.kernels import gemm, sm90, sm100
     from moefp8.kernels.fake_quantize import fake_quantize
     from moefp8.kernels.high_precision import high_precision_rows
@@ -209,6 +209,7 @@ def launch_everything(capability):
         products(sm100.IMPLEMENTATION, FP8_ROWWISE)
         fake_quantize(rows, offs, layout, -1, MXFP8_EXACT.fwd)
         high_precision_rows(rows, torch.empty(8, 160, 64, dtype=torch.bfloat16), offs)
+    products(sm90.IMPLEMENTATION, BF16, bias=True)
     swizzle_rows(rows.to(torch.uint8), layout)
     feed_forward(sm90.IMPLEMENTATION, MXFP8)
     routed()

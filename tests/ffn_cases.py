@@ -7,7 +7,6 @@ from specs import REFERENCE, TRITON, Backend, Layout, randn
 from torch import Tensor
 
 from moefp8 import expert_ffn
-from moefp8.kernels.sm90 import in_fp8
 from moefp8.recipe import PRESETS, Recipe
 
 #: Multiples of 16, as the kernels want them, and not of 32 where it can be.
@@ -26,10 +25,9 @@ class FFNCase(NamedTuple):
         return randn(*shape, seed=seed, dtype=self.backend.dtype).to(self.backend.device)
 
     def params(self, num_experts: int, seed: int = 0) -> dict[str, Tensor]:
-        """Weights, and biases where the kernels take them."""
-        shapes = {"w1": (HIDDEN, DIM), "w2": (DIM, HIDDEN), "w3": (HIDDEN, DIM)}
-        if self.backend == REFERENCE or in_fp8(self.recipe.fwd):
-            shapes |= {"b1": (HIDDEN,), "b2": (DIM,), "b3": (HIDDEN,)}
+        """Weights and biases."""
+        shapes: dict[str, tuple[int, ...]] = {"w1": (HIDDEN, DIM), "w2": (DIM, HIDDEN), "w3": (HIDDEN, DIM)}
+        shapes |= {"b1": (HIDDEN,), "b2": (DIM,), "b3": (HIDDEN,)}
         return {
             name: self._draw(num_experts, *shape, seed=100 * seed + i) / 4
             for i, (name, shape) in enumerate(shapes.items())

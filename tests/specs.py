@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moefp8 import Recipe, scaled_grouped_mm, scaled_mm
-from moefp8.kernels.sm90 import in_fp8
 from moefp8.recipe import PRESETS
 
 # --- group layouts -------------------------------------------------------------------------------
@@ -153,19 +152,13 @@ class Case(NamedTuple):
     def offs(self) -> Tensor | None:
         return None if self.op.layout is None else self.op.layout.offs(self.backend.device)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the operands; on the GPU products in bfloat16 take no bias, and refuse one."""
-        takes_bias = self.backend == REFERENCE or in_fp8(self.recipe.fwd)
-        return self.op.shapes if takes_bias else self.op.shapes[:2]
-
     def _grid(self, shape: Sequence[int], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return grid(shape, generator, self.backend.dtype).to(self.backend.device)
 
     def operands(self, seed: int = 0, batch: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """``a``, ``b`` (stored transposed, as weights are), and ``bias`` where the form has one."""
-        a, b, *bias = (self._grid(batch + s, 10 * seed + i) for i, s in enumerate(self.shapes))
+        a, b, *bias = (self._grid(batch + s, 10 * seed + i) for i, s in enumerate(self.op.shapes))
         return (a, b.mT.contiguous().mT, *bias)
 
     def cotangent(self) -> Tensor:
@@ -174,8 +167,7 @@ class Case(NamedTuple):
     def call(self, *operands: Tensor, offs: Tensor | None = None) -> Tensor:
         offs = self.offs if offs is None else offs
         options = {"recipe": self.recipe, "implementation": self.backend.implementation}
-        none = (None,) * (len(self.op.shapes) - len(operands))
-        return self.op.call(*operands, *none, offs, **options)
+        return self.op.call(*operands, offs, **options)
 
     def loss(self, *operands: Tensor, offs: Tensor | None = None) -> Tensor:
         """A scalar whose gradients are the VJP of the product at a fixed cotangent."""
@@ -183,7 +175,7 @@ class Case(NamedTuple):
 
     @property
     def argnums(self) -> tuple[int, ...]:
-        return tuple(range(len(self.shapes)))
+        return tuple(range(len(self.op.shapes)))
 
     def eager(self, *operands: Tensor) -> tuple[Tensor, ...]:
         """The gradients of ``loss`` by plain ``.backward()``: what every transform must return."""

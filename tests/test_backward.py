@@ -6,15 +6,13 @@ import torch
 
 def test_backward_is_the_formula(case):
     operands, g = [x.cpu() for x in case.operands()], case.cotangent().cpu()
-    if len(operands) < len(case.op.shapes):  # no bias is one of zeros
-        operands.append(torch.zeros(case.op.shapes[2], dtype=g.dtype))
     if case.op.name == "2Dx3D":
         want = oracle.rows_vjp(*operands, case.offs.cpu(), g, case.recipe)[1:]
     elif case.op.name == "2Dx2D":
         want = oracle.contraction_vjp(*operands, case.offs.cpu(), g, case.recipe)[1:]
     else:
         want = oracle.dense_vjp(*operands, g, case.recipe)[1:]
-    for got, product in zip(case.eager(*case.operands()), want[: len(case.argnums)], strict=True):
+    for got, product in zip(case.eager(*case.operands()), want, strict=True):
         product.check(got.cpu())
 
 

@@ -28,8 +28,8 @@ SPILLS: dict[tuple[int, str], tuple[int, str]] = {}
 #: Instructions that a kernel is made of, and must contain.
 INSTRUCTIONS = {
     (90, "gemm_hopper._gemm_kernel"): ("wgmma.mma_async.sync.aligned.m64n128k32.f32.e",),  # e4m3 or e5m2
-    (90, "gemm._portable_kernel"): ("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",),
-    (100, "gemm._portable_kernel"): ("tcgen05.mma.cta_group::1.kind::f8f6f4",),
+    (90, "gemm._portable_kernel"): ("wgmma.mma_async.sync.aligned.m64n128k",),  # of either width
+    (100, "gemm._portable_kernel"): ("tcgen05.mma.cta_group::1.kind::f",),
     (100, "gemm_scaled._scaled_kernel"): (
         "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale",
         "tcgen05.cp.cta_group::1.warpx4.32x128b",  # scales: shared to tensor memory, in the order they lie
@@ -148,6 +148,26 @@ def test_the_hopper_product_multiplies_either_format(compiled):
     names = {n for v in compiled[90].of("gemm_hopper._gemm_kernel") for n in v["instructions"]}
     for element in ("e4m3", "e5m2"):
         assert f"wgmma.mma_async.sync.aligned.m64n128k32.f32.{element}.{element}" in names
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fp8", "bf16"),
+    [
+        (
+            90,
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        ),
+        (100, "tcgen05.mma.cta_group::1.kind::f8f6f4", "tcgen05.mma.cta_group::1.kind::f16"),
+    ],
+)
+def test_the_portable_product_multiplies_either_width(architecture, fp8, bf16, compiled):
+    for variant in compiled[architecture].of("gemm._portable_kernel"):
+        wanted = fp8 if variant["constants"]["SCALED"] == "True" else bf16
+        assert any(name.startswith(wanted) for name in variant["instructions"]), (wanted, variant)
+    assert {v["constants"]["SCALED"] for v in compiled[architecture].of("gemm._portable_kernel")} == {
+        "True", "False",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -264,6 +264,28 @@ def test_products(layout, gemm_format, out_dtype, device):
     check(dw, gemm.reference_contraction(*g_cols, *a_cols, where.ends), max(rows, 1))
 
 
+@pytest.mark.parametrize("stored", ["(G, N, K)", "(G, K, N)"])
+@pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
+def test_bfloat16_product_with_a_bias(layout, stored, device):
+    """One rounding of the float32 sum; K and N no multiples of a tile, one bias or one for each group."""
+    offs, groups, rows, (n, k) = layout.offs(device), len(layout.sizes), layout.rows, (80, 144)
+    a, b = draw((rows, k), device), draw((groups, n, k), device, seed=1).mT
+    end = int(offs[-1])
+    a[end:] = float("nan")  # never read
+    if stored == "(G, K, N)":
+        b = b.contiguous()
+    tiles = plans.plan(offs, rows, gemm.tile_rows(offs.device)).tiles
+    each = torch.randn(groups, n, device=device)
+    for bias in (each, each[0], each.bfloat16()):
+        out = high_precision.high_precision_product(a, b, offs, tiles, bias)
+        ones = gemm.Weights(b.mT.reshape(-1, k), torch.ones(groups, n, device=device))
+        exact, size = gemm.reference_rows(a, torch.ones(rows, device=device), ones, offs, bias)
+        error = (out.double() - exact).abs()
+        # A float32 sum in any order, truncated or rounded k times, and one rounding to bfloat16.
+        assert (error <= (k + 1) * 2.0**-23 * size + exact.abs() * 2.0**-8).all()
+        assert (out[end:] == 0).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
 def test_group_sum(layout, device):
     """The sum of at most n terms in float32 is within n roundings of the sum of magnitudes."""

@@ -295,7 +295,6 @@ def test_what_is_refused():
     refused("on SM100 None, 32 or -1, got 64", Recipe(Gemm(group=64), HIGH_PRECISION, HIGH_PRECISION))
     refused("mixes products", MXFP8._replace(wgrad=Gemm(format="row")))
     refused("multiples of 16, got", a=x[:, :20], b=w[:20])
-    refused("recipe.fwd has none", recipe=BF16, bias=torch.zeros(32))
     refused("take and give bfloat16", recipe=BF16, a=x.float(), b=w.float())
 
 
@@ -310,7 +309,7 @@ def test_the_name_triton_means_the_kernels_for_the_card(capability, serves, monk
     wide = torch.bfloat16
     request = Request(
         "rows", torch.device("cuda"), (wide, wide), MXFP8, wide, (64, 64), (2, 64, 64), None,
-        has_bias=False, named=True,
+        named=True,
     )  # fmt: skip
     for wanted in ("triton", ["triton", "reference"], None):
         assert choose(wanted, [request], REGISTRY).name == serves

@@ -5,6 +5,7 @@
 
 Both operands are K-major, as Hopper's tensor core wants them. ``gemm_hopper.py`` does the same at nearly
 the speed of cuBLAS; the kernel here is for the interpreter, and for a Triton whose Gluon has moved on.
+Without scales it also multiplies bfloat16 where there is a bias, which ``torch._grouped_mm`` cannot add.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefp8._leaf import by_loop, leaf
 from moefp8.groups import group_ids
-from moefp8.kernels._round import rounded
+from moefp8.kernels._round import narrowed, rounded, widened
 from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
 from moefp8.kernels.plan import Plan
 
@@ -52,8 +53,8 @@ class Weights(NamedTuple):
 def _portable_kernel(
     a_desc, b_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
     row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, HARDWARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     shape = (row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length)
@@ -67,6 +68,8 @@ def _portable_kernel(
             for k in range(steps):
                 a = a_desc.load([a_row, a_at + k * STEP])
                 b = b_desc.load([b_row, b_at + k * STEP])
+                if not (SCALED | HARDWARE):  # the interpreter would multiply the bits of a bfloat16
+                    a, b = widened(a, HARDWARE), widened(b, HARDWARE)
                 part = tl.dot(a, b.T, part)
                 # One flat loop: a nested one would drain the pipeline at every promotion.
                 if (k + 1) % PROMOTE == 0:
@@ -76,11 +79,13 @@ def _portable_kernel(
 
             row = c_row + tl.arange(0, ROWS)
             n = column + tl.arange(0, COLUMNS)
-            # Nothing was multiplied for a tile without steps, and its scales may never have been written.
-            scaled = tl.where(steps > 0, c_end, 0)
-            sa = tl.load(a_scale + row, mask=row < scaled, other=0.0)
-            sb = tl.load(b_scale + group * columns + n, mask=n < tl.where(steps > 0, columns, 0), other=0.0)
-            acc = acc * sa[:, None] * sb[None, :]
+            if SCALED:
+                # Nothing was multiplied for a tile without steps: its scales may never have been written.
+                scaled = tl.where(steps > 0, c_end, 0)
+                sa = tl.load(a_scale + row, mask=row < scaled, other=0.0)
+                within = n < tl.where(steps > 0, columns, 0)
+                sb = tl.load(b_scale + group * columns + n, mask=within, other=0.0)
+                acc = acc * sa[:, None] * sb[None, :]
             if BIAS:
                 biased = tl.where(group < num_groups, columns, 0)
                 acc += tl.load(bias + group * bias_stride + n, mask=n < biased, other=0.0).to(tl.float32)[
@@ -88,7 +93,7 @@ def _portable_kernel(
                 ]
             at = row.to(tl.int64)[:, None] * columns + n[None, :]
             keep = (row < c_end)[:, None] & (n < columns)[None, :]
-            out = acc.to(c.dtype.element_ty)
+            out = narrowed(acc, c.dtype.element_ty, HARDWARE)
             if ADD:  # two roundings, as if the product had been written and then added
                 both = out.to(tl.float32) + tl.load(c + at, mask=keep, other=0).to(tl.float32)
                 out = rounded(both, c.dtype.element_ty, HARDWARE).to(c.dtype.element_ty)
@@ -120,8 +125,8 @@ def _launch(
     _portable_kernel[(grid,)](
         TensorDescriptor.from_tensor(a, [_ROWS, _STEP]), TensorDescriptor.from_tensor(b, [_COLUMNS, _STEP]),
         out, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
-        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), BIAS=bias is not None, ADD=add,
-        HARDWARE=out.device.type == "cuda",
+        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), SCALED=True, BIAS=bias is not None,
+        ADD=add, HARDWARE=out.device.type == "cuda",
         ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, BAND=_BAND, num_warps=8, num_stages=3,
         enable_fp_fusion=not add,  # a float32 product would be scaled and added in one rounding
     )  # fmt: skip
@@ -214,6 +219,47 @@ def gemm_rows_sum(
     return _gemm_rows_sum(
         a, a_scale, b.data, b.scale, c, c_scale, d.data, d.scale, tiles, out_dtype, promote
     )  # fmt: skip
+
+
+# --- rows of bfloat16 with a bias ----------------------------------------------------------------
+
+#: As many bytes as a step of FP8; and more steps than any contraction has, for nothing is to be promoted.
+_WIDE_STEP, _NEVER = _STEP // 2, 2**30
+
+
+def _fake_biased(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@leaf("gemm_biased_rows", fake=_fake_biased, vmap=by_loop)
+def gemm_biased_rows(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
+    """``out[i] = a[i] @ b[g] + bias[g]`` added up in float32 and rounded once; zero past the last group.
+
+    Args:
+        a, b: ``(M, K)`` and ``(G, K, N)`` bfloat16.
+        tiles: of a plan for blocks of 128 rows.
+        bias: ``(N,)`` or ``(G, N)``.
+
+    Returns:
+        ``(M, N)`` bfloat16, every element written.
+    """
+    out = _fake_biased(a, b, tiles, bias)
+    if out.numel() == 0:
+        return out
+    a, bias, stacked = a.contiguous(), bias.contiguous(), b.mT.contiguous().flatten(0, 1)
+    num_groups, length, columns = b.shape
+    row_tiles, column_tiles = tiles.shape[0], triton.cdiv(columns, _COLUMNS)
+    grid = min(row_tiles * column_tiles, multiprocessors(out.device))
+    _portable_kernel[(grid,)](
+        TensorDescriptor.from_tensor(a, [_ROWS, _WIDE_STEP]),
+        TensorDescriptor.from_tensor(stacked, [_COLUMNS, _WIDE_STEP]),
+        out, out, out, bias, bias_stride(bias), tiles, tiles,
+        row_tiles, column_tiles, num_groups, a.shape[0], columns, length, columns, 0,
+        CONTRACTION=False, PROMOTE=_NEVER, SCALED=False, BIAS=True, ADD=False,
+        HARDWARE=out.device.type == "cuda",
+        ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_WIDE_STEP, BAND=_BAND, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return out
 
 
 # --- contraction ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moefp8._leaf import by_loop, leaf
+from moefp8.kernels.gemm import gemm_biased_rows
 
 
 @triton.jit
@@ -44,6 +45,16 @@ def high_precision_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 256))
     _zero_tail_kernel[grid](out, offs, offs.shape[0], rows, columns, ROWS=64, COLUMNS=256)
     return out
+
+
+def high_precision_product(
+    a: Tensor, b: Tensor, offs: Tensor, tiles: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``out[i] = a[i] @ b[g] + bias[g]``, rounded once; ``tiles`` are those of a plan for 128 rows.
+
+    Torch's product takes no bias, and adding it to a rounded product would round twice.
+    """
+    return high_precision_rows(a, b, offs) if bias is None else gemm_biased_rows(a, b, tiles, bias)
 
 
 def _fake_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:

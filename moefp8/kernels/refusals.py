@@ -48,14 +48,10 @@ def refuse_sizes(request: Request, longest: int | None = None) -> str | None:
 
 
 def refuse_products(
-    request: Request,
-    in_fp8: Callable[[Gemm], bool],
-    refuse_gemm: Callable[[str, Gemm, torch.dtype, torch.dtype], str | None],
+    request: Request, refuse_gemm: Callable[[str, Gemm, torch.dtype, torch.dtype], str | None]
 ) -> str | None:
-    """``refuse_gemm(name, gemm, operand, out)`` of the three products, and a bias without an epilogue."""
+    """``refuse_gemm(name, gemm, operand, out)`` of the three products."""
     recipe, out, (a_dtype, b_dtype) = request.recipe, request.out_dtype, request.dtypes
-    if request.has_bias and not in_fp8(recipe.fwd):
-        return "bias: is added in the epilogue of the FP8 product, and recipe.fwd has none"
     high = a_dtype if request.a_group is None else torch.float32
     refusals = (
         refuse_gemm("fwd", recipe.fwd, torch.promote_types(high, b_dtype), out),

@@ -23,7 +23,11 @@ from moefp8.kernels.dense_form import dense_by_groups
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm_scaled import gemm_scaled_contraction, gemm_scaled_rows
 from moefp8.kernels.group_sum import group_sum
-from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
+from moefp8.kernels.high_precision import (
+    high_precision_contraction,
+    high_precision_product,
+    high_precision_rows,
+)
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_blocks import Blocks, quantize_blocks
 from moefp8.kernels.reference import high_precision
@@ -81,9 +85,7 @@ def _refuse_call(request: Request) -> str | None:
         if any(map(_native, request.recipe)):
             return "recipe: mixes products with a scale for every 32 and with one for the whole contraction"
         return sm90.refuse_call(request)
-    return (
-        refuse_dtypes(request) or refuse_sizes(request) or refuse_products(request, _native, _refuse_gemm)
-    )
+    return refuse_dtypes(request) or refuse_sizes(request) or refuse_products(request, _refuse_gemm)
 
 
 # --- operands ------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def rows_forward(
         left = _left(a, layout, recipe.fwd)
         out = gemm_scaled_rows(left, along_k, layout.tiles, bias, num_groups, n, out_dtype)
     else:
-        out = high_precision_rows(high_precision(a), b, offs)
+        out = high_precision_product(high_precision(a), b, offs, layout.tiles, bias)
     return out, (*layout, *along_n)
 
 

@@ -22,7 +22,11 @@ from moefp8.kernels.dense_form import dense_by_groups
 from moefp8.kernels.ffn import compose
 from moefp8.kernels.gemm import Weights, gemm_contraction, gemm_rows, tile_rows
 from moefp8.kernels.group_sum import group_sum
-from moefp8.kernels.high_precision import high_precision_contraction, high_precision_rows
+from moefp8.kernels.high_precision import (
+    high_precision_contraction,
+    high_precision_product,
+    high_precision_rows,
+)
 from moefp8.kernels.plan import Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import MAX_COLUMNS, RowQuantized, quantize_rows
@@ -66,7 +70,7 @@ def refuse_call(request: Request) -> str | None:
         refuse_dtypes(request)
         or _refuse_quantized(request)
         or refuse_sizes(request, MAX_COLUMNS)
-        or refuse_products(request, in_fp8, _refuse_gemm)
+        or refuse_products(request, _refuse_gemm)
     )
 
 
@@ -110,8 +114,8 @@ def rows_forward(
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        exact = exact_operand(high_precision(a), offs, layout, -1, fwd)
-        out = high_precision_rows(exact, exact_weights(b, fwd, -2), offs)
+        exact = exact_operand(high_precision(a), offs, layout, -1, fwd), exact_weights(b, fwd, -2)
+        out = high_precision_product(*exact, offs, layout.tiles, bias)
     kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
 
