@@ -179,7 +179,6 @@ REQUEST = Request(
     (32, 8),
     None,
     False,
-    False,
 )
 REGISTRY = {
     x.name: x
