@@ -20,7 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moefp8.quantized import QuantizedParams
 from moefp8.recipe import BF16, MXFP8, Recipe
+from moefp8.statistics import is_probe
 
 #: What a layer takes for a recipe of its own choice.
 Auto = Literal["auto"]
@@ -243,8 +245,28 @@ def _card_of(device: torch.device) -> Card | None:
     return CARDS[name]
 
 
-def resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
-    """What "auto" stands for in a layer of checked parameters, on tokens ``x`` that make ``rows`` rows."""
+def resolve(params: Mapping[str, Any], x: Tensor, rows: int, quantized: Any, probe: Any) -> Recipe:
+    """What "auto" stands for in a layer of checked parameters, on tokens ``x`` that make ``rows`` rows.
+
+    Rejects ``quantized`` and ``probe`` of another recipe: which one is not for the caller to see.
+    """
+    recipe = _resolve(params, x, rows)
+    if isinstance(quantized, QuantizedParams) and quantized.source.recipe != recipe:
+        raise _clash("quantized", recipe)
+    if probe is not None and not is_probe(probe, recipe):
+        raise _clash("probe", recipe)
+    return recipe
+
+
+def _clash(name: str, recipe: Recipe) -> ValueError:
+    chosen, too = ("BF16", " and which quantises nothing") if recipe == BF16 else ("MXFP8", "")
+    return ValueError(
+        f"{name}: expected one made for {chosen}, which recipe 'auto' stands for here{too}; name the "
+        f"recipe that it was made for instead of 'auto', or make it for choose_recipe(...).recipe"
+    )
+
+
+def _resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
     num_experts, hidden, dim = params["w1"].shape
     dtype = functools.reduce(
         torch.promote_types, (params[key].dtype for key in ("w1", "w2", "w3")), x.dtype

@@ -62,7 +62,7 @@ def expert_ffn(
     """
     if isinstance(recipe, str) and recipe == "auto":
         _check(params, x, offs, BF16)
-        recipe = resolve(params, x, x.shape[0])
+        recipe = resolve(params, x, x.shape[0], quantized, probe)
     _check(params, x, offs, recipe, auto=True)
     return ffn(params, x, offs, recipe, implementation, quantized=quantized, probe=probe)
 

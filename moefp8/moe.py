@@ -218,7 +218,7 @@ def moe_ffn(
     """
     if isinstance(recipe, str) and recipe == "auto":
         _check_moe(params, x, config, BF16)
-        recipe = resolve(params, x, x.shape[:-1].numel() * config.top_k)
+        recipe = resolve(params, x, x.shape[:-1].numel() * config.top_k, quantized, probe)
     _check_moe(params, x, config, recipe)
     routing = route(params, x, config)
     tokens = x.reshape(-1, config.dim)

@@ -102,18 +102,30 @@ def cotangent_probe(recipe: Recipe = MXFP8, *, device: torch.device | str | None
     return unpack(torch.zeros(count, len(OperandStats._fields), device=device), COTANGENTS, recipe)
 
 
-def pack_probe(probe: Any, recipe: Recipe) -> Tensor | None:
-    """The leaves of a probe as one ``(n, 6)`` tensor; None for one without any."""
-    wanted = [
+def _leaves_wanted(recipe: Recipe) -> list[str]:
+    return [
         f"{operand}.{product}.{field}"
         for operand, product in entries(COTANGENTS, recipe)
         for field in OperandStats._fields
     ]
-    got = [
+
+
+def _leaves_of(probe: Any) -> list[str]:
+    return [
         ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         for path, _ in pytree.tree_leaves_with_path(probe)
     ]
-    if got != wanted:
+
+
+def is_probe(probe: Any, recipe: Recipe) -> bool:
+    """Whether ``probe`` has the leaves of ``cotangent_probe(recipe)``."""
+    return _leaves_of(probe) == _leaves_wanted(recipe)
+
+
+def pack_probe(probe: Any, recipe: Recipe) -> Tensor | None:
+    """The leaves of a probe as one ``(n, 6)`` tensor; None for one without any."""
+    if not is_probe(probe, recipe):
+        got = _leaves_of(probe)
         raise ValueError(f"probe: expected cotangent_probe(recipe) of this recipe, got leaves {got}")
     leaves = pytree.tree_leaves(probe)
     return torch.stack(leaves).unflatten(0, (-1, len(OperandStats._fields))) if leaves else None

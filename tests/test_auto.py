@@ -11,10 +11,12 @@ from moe_oracle import VARIANTS, make, tokens
 from moefp8 import (
     BF16,
     MXFP8,
+    MXFP8_WGRAD_HP,
     Card,
     Rates,
     auto,
     choose_recipe,
+    cotangent_probe,
     expert_ffn,
     expert_statistics,
     moe_ffn,
@@ -185,6 +187,38 @@ def test_auto_is_the_only_name(recipe, compiled, fresh_compiler):
         message = re.escape(f"recipe: expected a Recipe such as moefp8.{end} {wrong!r}")
         with pytest.raises(TypeError, match=f"^{message}$"):
             call(wrong)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("chosen", [MXFP8, BF16], ids=["mxfp8", "bf16"])
+def test_copies_and_probes_are_for_what_was_chosen(chosen, compiled, fresh_compiler, monkeypatch):
+    """Those of another recipe are refused with the name of the chosen one, which the caller cannot see."""
+    monkeypatch.setattr(auto, "_faster", lambda *arguments: chosen)
+    params, x = make(VARIANTS["mixtral"], dtype=torch.bfloat16), tokens(9, dtype=torch.bfloat16)
+    offs = torch.full((8,), 9, dtype=torch.int32)
+
+    def moe(x, **options):
+        return moe_ffn(params, x, config=VARIANTS["mixtral"].config, **options)[0]
+
+    def experts(x, **options):
+        return expert_ffn(params, x, offs, **options)
+
+    made = {"quantized": lambda recipe: quantize_params(params, recipe), "probe": cotangent_probe}
+    names = (
+        "BF16, which recipe 'auto' stands for here and which quantises nothing"
+        if chosen == BF16
+        else "MXFP8, which recipe 'auto' stands for here"
+    )
+    for layer in (moe, experts):
+        f = torch.compile(layer, backend="eager") if compiled else layer
+        for option, make_it in made.items():
+            for recipe in (MXFP8, BF16, MXFP8_WGRAD_HP):
+                options = {option: make_it(recipe)}
+                if recipe == chosen:
+                    assert torch.equal(f(x, recipe="auto", **options), layer(x, recipe=chosen, **options))
+                    continue
+                with pytest.raises(ValueError, match=f"^{option}: expected one made for {names}; name the"):
+                    f(x, recipe="auto", **options)
 
 
 def test_the_name_of_the_card_is_a_constant_of_a_compiled_function(fresh_compiler, monkeypatch):
