@@ -146,8 +146,6 @@ def check_ffn(
     biases = {"b1": (hidden,), "b2": (dim,), "b3": (hidden,)}
     for key, shape in (shapes | biases).items():
         if key in shapes or key in params:
-            check_param(params, key, (*lead, *shape), where)
-            if params[key].device != x.device:
-                raise ValueError(f"{where}[{key!r}]: is on {params[key].device}, x on {x.device}")
+            check_param(params, key, (*lead, *shape), where, x)
     for key in shapes:
         check_operand(params[key], f"{where}[{key!r}]", recipe)

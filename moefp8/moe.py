@@ -206,7 +206,8 @@ def moe_ffn(
         TypeError: ``x`` or a parameter that is not floating point, or float64 with a recipe that
             quantises.
         ValueError: a field of ``config`` out of range; a missing or unknown parameter, or one of the
-            wrong shape; ``quantized`` is stale, of other weights, or for another recipe or implementation.
+            wrong shape or on another device than ``x``; ``quantized`` is stale, of other weights, or for
+            another recipe or implementation.
         NotImplementedError: the implementation cannot serve the call; second-order or forward-mode
             differentiation.
 

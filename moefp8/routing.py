@@ -122,8 +122,14 @@ def check_config(config: MoEConfig) -> None:
         )
 
 
-def check_param(params: Mapping[str, Any], key: str, shape: tuple[int, ...], where: str = "params") -> None:
-    """Reject a missing parameter, one that is no float tensor, or one of the wrong shape."""
+def check_param(
+    params: Mapping[str, Any],
+    key: str,
+    shape: tuple[int, ...],
+    where: str = "params",
+    x: Tensor | None = None,
+) -> None:
+    """Reject a missing parameter, no float tensor, a wrong shape, or another device than that of ``x``."""
     name = f"{where}[{key!r}]"
     if key not in params:
         raise ValueError(f"{name}: is missing; expected a tensor of shape {shape}")
@@ -132,6 +138,8 @@ def check_param(params: Mapping[str, Any], key: str, shape: tuple[int, ...], whe
     check_float(params[key], name)
     if tuple(params[key].shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(params[key].shape)}")
+    if x is not None and params[key].device != x.device:
+        raise ValueError(f"{name}: is on {params[key].device}, x on {x.device}")
 
 
 def _within_best_groups(choice: Tensor, config: MoEConfig) -> Tensor:
@@ -173,7 +181,8 @@ def route(params: Mapping[str, Any], x: Tensor, config: MoEConfig) -> Routing:
 
     Raises:
         TypeError: ``x`` or a parameter that is not floating point.
-        ValueError: a field of ``config`` out of range, a shape that does not fit it.
+        ValueError: a field of ``config`` out of range, a shape that does not fit it, a parameter on
+            another device than ``x``.
         NotImplementedError: second-order or forward-mode differentiation with ``x`` of 16 bits.
 
     Source: group limit and expert bias, DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
@@ -186,10 +195,10 @@ def route(params: Mapping[str, Any], x: Tensor, config: MoEConfig) -> Routing:
     check_config(config)
     check_float(x, "x")
     num_experts = config.num_experts
-    check_param(params, "router", (num_experts, config.dim))
+    check_param(params, "router", (num_experts, config.dim), x=x)
     for key in ("router_bias", "expert_bias"):
         if key in params:
-            check_param(params, key, (num_experts,))
+            check_param(params, key, (num_experts,), x=x)
     if x.ndim < 1 or x.shape[-1] != config.dim:
         raise ValueError(f"x: expected shape (..., D) with D = {config.dim}, got {tuple(x.shape)}")
 

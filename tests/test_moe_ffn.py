@@ -354,6 +354,26 @@ def without(*keys, **changes):
         (without(w1=torch.ones(8, 16, 24)), ValueError, r"params\['w1'\]: expected shape \(8, 24, 16\)"),
         (without(w3=torch.ones(8, 24, 16).long()), TypeError, r"params\['w3'\]: expected a float64"),
         (without(w3=torch.ones(8, 24, 16).double()), TypeError, r"params\['w3'\]: is float64, but recipe"),
+        (
+            without(router=torch.ones(8, 16, device="meta")),
+            ValueError,
+            r"params\['router'\]: is on meta, x on",
+        ),
+        (
+            without(router_bias=torch.ones(8, device="meta")),
+            ValueError,
+            r"params\['router_bias'\]: is on meta",
+        ),
+        (
+            without(expert_bias=torch.ones(8, device="meta")),
+            ValueError,
+            r"params\['expert_bias'\]: is on meta",
+        ),
+        (
+            without(w2=torch.ones(8, 16, 24, device="meta")),
+            ValueError,
+            r"params\['w2'\]: is on meta, x on cpu",
+        ),
         (without(shared={}), ValueError, r"params\['shared'\]\['w1'\]: is missing"),
         (without(shared={"gate": 1}), ValueError, r"params\['shared'\]: unknown key 'gate'"),
     ],

@@ -250,6 +250,22 @@ def test_wrong_params_and_tokens(params, x, error, message):
         route(params, x, CONFIG)
 
 
+@pytest.mark.parametrize("key", ["router", "router_bias", "expert_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_parameter_on_another_device(key, dtype, compiled, fresh_compiler):
+    """A product of a CPU's and a meta tensor may return whatever lay in memory."""
+    shapes = {"router": (E, D), "router_bias": (E,), "expert_bias": (E,)}
+    params = {name: torch.ones(shape) for name, shape in shapes.items()}
+    f = torch.compile(route, backend="eager") if compiled else route
+    x = torch.ones(3, D, dtype=dtype)
+    f(params, x, CONFIG)
+    with pytest.raises(ValueError, match=rf"^params\['{key}'\]: is on meta, x on cpu$"):
+        f(params | {key: params[key].to("meta")}, x, CONFIG)
+    with pytest.raises(ValueError, match=r"^params\['router'\]: is on cpu, x on meta$"):
+        f(params, x.to("meta"), CONFIG)
+
+
 def test_wrong_types():
     with pytest.raises(TypeError, match="config: expected a MoEConfig, got None"):
         route({"router": torch.ones(E, D)}, torch.ones(3, D), None)
