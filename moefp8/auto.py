@@ -137,7 +137,6 @@ def choose_recipe(
     hidden: int,
     num_experts: int,
     *,
-    bias: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
     card: Card | None = None,
@@ -153,9 +152,8 @@ def choose_recipe(
         dim: D.
         hidden: H.
         num_experts: E.
-        bias: the experts have biases.
-        dtype: of tokens and weights. The kernels' unquantised products take bfloat16 and no bias; for what
-            they do not take MXFP8 it is.
+        dtype: of tokens and weights. The kernels' unquantised products take bfloat16; for other dtypes
+            MXFP8 it is.
         device: where the layer runs. Not asked if ``card`` is given.
         card: measurements of your own; those that come with the library if left out.
 
@@ -187,12 +185,13 @@ def choose_recipe(
         raise TypeError(f"card: expected a Card, got {card!r}")
     device = torch.device(device)
     card = card or _card_of(device)
-    recipe = _faster(rows, dim, hidden, num_experts, bias, dtype, card)
+    recipe = _faster(rows, dim, hidden, num_experts, dtype, card)
     if card is None:
         return Choice(recipe, f"FP8 is emulated on a {device.type.upper()}, and slower")
-    if _unserved(bias, dtype):
-        what = "biases" if bias else f"{str(dtype).removeprefix('torch.')} operands"
-        return Choice(recipe, f"no kernel multiplies {what} unquantised")
+    if dtype != torch.bfloat16:
+        return Choice(
+            recipe, f"no kernel multiplies {str(dtype).removeprefix('torch.')} operands unquantised"
+        )
     shape = Shape(rows, dim, hidden, num_experts)
     low, high = card.mxfp8.seconds(shape), card.bf16.seconds(shape)
     ratio, milliseconds = low / high, f"{1e3 * low:.1f} ms instead of {1e3 * high:.1f} ms"
@@ -208,18 +207,13 @@ def choose_recipe(
     return Choice(recipe, reason, high, low)
 
 
-def _unserved(bias: bool, dtype: torch.dtype) -> bool:
-    """Whether the kernels' unquantised products do not take such operands."""
-    return bias or dtype != torch.bfloat16
-
-
 def _faster(
-    rows: int, dim: int, hidden: int, num_experts: int, bias: bool, dtype: torch.dtype, card: Card | None
+    rows: int, dim: int, hidden: int, num_experts: int, dtype: torch.dtype, card: Card | None
 ) -> Recipe:
     """The choice without the words for it: sizes may be symbols of a compiler, which have no digits."""
     if card is None:
         return BF16
-    if _unserved(bias, dtype):
+    if dtype != torch.bfloat16:
         return MXFP8
     shape = Shape(rows, dim, hidden, num_experts)
     low, high = card.mxfp8.seconds(shape), card.bf16.seconds(shape)
@@ -273,5 +267,4 @@ def _resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
     )
     if dtype == torch.float64:  # which no recipe quantises
         return BF16
-    bias = any(key in params for key in ("b1", "b2", "b3"))
-    return _faster(rows, dim, hidden, num_experts, bias, dtype, _card_of(x.device))
+    return _faster(rows, dim, hidden, num_experts, dtype, _card_of(x.device))

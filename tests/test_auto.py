@@ -64,7 +64,7 @@ def test_a_gain_within_the_error_of_the_model_is_not_taken():
     assert "predictions are off by up to 5 %, which could make it slower" in unsure.reason
 
 
-@pytest.mark.parametrize("options", [{"bias": True}, {"dtype": torch.float32}, {"dtype": torch.float16}])
+@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"dtype": torch.float16}])
 def test_what_no_kernel_multiplies_unquantised_takes_mxfp8(options):
     choice = choose_recipe(16, 32, 32, 2, card=CARD, **options)
     assert choice.recipe == MXFP8
@@ -159,7 +159,7 @@ def test_layers_run_under_what_was_chosen(recipe, monkeypatch):
     monkeypatch.setattr(auto, "_faster", choose)
     for got, want in zip(layers("auto"), layers(recipe), strict=True):
         assert torch.equal(got, want)
-    config, rest = VARIANTS["deepseek-v3"].config, (False, torch.bfloat16, None)
+    config, rest = VARIANTS["deepseek-v3"].config, (torch.bfloat16, None)
     sizes = config.dim, config.hidden, config.num_experts
     assert asked == [(15 * config.top_k, *sizes, *rest), (15, *sizes, *rest)]
 
@@ -248,7 +248,7 @@ def test_sizes_may_be_symbols(rows, fresh_compiler, monkeypatch):
     monkeypatch.setitem(auto.CARDS, "card", CARD)
 
     def scaled(x):
-        recipe = auto._faster(x.shape[0], 5120, 8192, 8, False, torch.bfloat16, CARD)
+        recipe = auto._faster(x.shape[0], 5120, 8192, 8, torch.bfloat16, CARD)
         return x * (2 if recipe == MXFP8 else 3)
 
     x = torch.ones(rows, 1)
