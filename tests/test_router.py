@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from moefp8 import MoEConfig, route
+from moefp8 import MoEConfig, init_moe_ffn, moe_ffn, route
 from moefp8._router import (
     logits_by_terms,
     router_gradient_by_terms,
@@ -152,10 +152,36 @@ def test_transforms_give_what_backward_gives(device):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_second_order_raises_for_16_bits_and_works_for_32():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_order_raises_for_16_bits_and_works_for_32(dtype):
     x, router, _ = operands(torch.float32)
+    x = x.to(dtype)
     with pytest.raises(NotImplementedError, match="route: second-order"):
         grad(lambda r: grad(loss)(r, x).sum())(router)
     with pytest.raises(NotImplementedError, match="route: forward-mode"):
         jvp(lambda r: loss(r, x), (router,), (router,))
     assert grad(lambda r: grad(loss)(r, x.float()).sum())(router).any()
+    assert jvp(lambda r: loss(r, x.float()), (router,), (router,))[1].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_so_does_the_router_inside_the_layer(dtype):
+    """Its statistics, which depend on the router alone; what the experts add raises in every dtype."""
+    config = MoEConfig(D, 32, E, top_k=2)
+    params = init_moe_ffn(torch.Generator().manual_seed(0), config)
+    x = draw(5, D, seed=0, dtype=dtype) / 256
+
+    def second(of, x):
+        def f(router):
+            return of(moe_ffn(params | {"router": router}, x, config=config))
+
+        return grad(lambda router: grad(f)(router).square().sum())(params["router"])
+
+    def of_statistics(out):
+        return out[1].z_loss
+
+    with pytest.raises(NotImplementedError, match="route: second-order"):
+        second(of_statistics, x)
+    assert second(of_statistics, x.float()).any()
+    with pytest.raises(NotImplementedError, match="expert_ffn: second-order"):
+        second(lambda out: out[0].sum(), x.float())
