@@ -45,10 +45,11 @@ def split(x: Tensor) -> tuple[Tensor, ...]:
     """
     if x.dtype == torch.bfloat16:
         return (x,)
+    # Few and mixed operations: on a GPU each of them is a launch.
     first = x.bfloat16()
-    rest = torch.where(first.isfinite(), x - first.float(), 0.0)
+    rest = torch.nan_to_num(x - first, nan=0.0, posinf=0.0, neginf=0.0)
     second = rest.bfloat16()
-    return first, second, (rest - second.float()).bfloat16()
+    return first, second, (rest - second).bfloat16()
 
 
 def logits_by_terms(x: Tensor, router: Tensor) -> Tensor:
@@ -58,20 +59,20 @@ def logits_by_terms(x: Tensor, router: Tensor) -> Tensor:
     return stacked.unflatten(1, (len(terms), -1)).sum(1)
 
 
-def router_gradient_by_terms(g: Tensor, x: Tensor) -> Tensor:
-    """``g (T, E)^T @ x (T, D)``, float32, of float32 ``g`` and bfloat16 ``x``."""
-    terms = split(g)
+def router_gradient_by_terms(terms: Sequence[Tensor], x: Tensor) -> Tensor:
+    """``g (T, E)^T @ x (T, D)``, float32, of the ``terms`` of float32 g and bfloat16 ``x``."""
     stacked = product(torch.cat(terms, 1).mT, x)
     return stacked.unflatten(0, (len(terms), -1)).sum(0)
 
 
-def token_gradient_by_terms(g: Tensor, router: Tensor) -> Tensor:
-    """``g (T, E) @ router (E, D)``, added in float32 and rounded to bfloat16 once.
+def token_gradient_by_terms(terms: Sequence[Tensor], router: Tensor) -> Tensor:
+    """``g (T, E) @ router (E, D)``, added in float32 and rounded to bfloat16 once, of the ``terms`` of g.
 
     All pairs of terms along one contraction, but for those under 2^-26 of the product, so that there is
     no float32 result to be written and read.
     """
-    pairs = [(a, b) for i, a in enumerate(split(g)) for j, b in enumerate(split(router)) if i + j < 3]
+    others = split(router)
+    pairs = [(a, b) for i, a in enumerate(terms) for j, b in enumerate(others) if i + j < 3]
     return torch.cat([a for a, _ in pairs], 1) @ torch.cat([b for _, b in pairs])
 
 
@@ -90,11 +91,11 @@ def _logits_bwd(
     static: None, needed: tuple[bool, ...], x: Tensor, router: Tensor, g: Tensor
 ) -> Sequence[Tensor | None]:
     dx = d_router = None
-    by_terms = _by_terms(x, router)
+    terms = split(g) if _by_terms(x, router) else None
     if needed[0]:
-        dx = token_gradient_by_terms(g, router) if by_terms else (g @ router.to(g.dtype)).to(x.dtype)
+        dx = token_gradient_by_terms(terms, router) if terms else (g @ router.to(g.dtype)).to(x.dtype)
     if needed[1]:
-        d_router = router_gradient_by_terms(g, x) if by_terms else g.mT @ x.to(g.dtype)
+        d_router = router_gradient_by_terms(terms, x) if terms else g.mT @ x.to(g.dtype)
         d_router = d_router.to(router.dtype)
     return dx, d_router
 
