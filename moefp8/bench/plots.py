@@ -47,7 +47,8 @@ def _bars(
     With a ``threshold`` the axis is logarithmic above it and linear below.
     """
     bars = len(places) * (len(series) + 1)
-    figure, axes = _axes(max(6.4, 1.5 + 0.2 * bars), 4.4)
+    letters = max((len(line) for place in places for line in place.split("\n")), default=0)
+    figure, axes = _axes(max(6.4, 1.5 + 0.2 * bars, 1.5 + len(places) * (0.06 * letters + 0.1)), 4.4)
     width = 0.85 / max(len(series), 1)
     for i, (name, values) in enumerate(series.items()):
         at = np.arange(len(places)) + (i - (len(series) - 1) / 2) * width
