@@ -40,9 +40,10 @@ def leaf(name: str, *, fake: Callable, vmap: Callable) -> Callable[[Callable], A
 
 
 def _unobserved(args: tuple) -> bool:
-    """Whether nothing but this call sees ``args``: no tracer, transform, mode, subclass or autograd."""
+    """Whether nothing but this call sees ``args``: no tracer, transform, mode, profiler or autograd."""
     if (
         torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

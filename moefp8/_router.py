@@ -59,13 +59,13 @@ def logits_by_terms(x: Tensor, router: Tensor) -> Tensor:
     return stacked.unflatten(1, (len(terms), -1)).sum(1)
 
 
-def router_gradient_by_terms(terms: Sequence[Tensor], x: Tensor) -> Tensor:
+def router_gradient_by_terms(terms: tuple[Tensor, ...], x: Tensor) -> Tensor:
     """``g (T, E)^T @ x (T, D)``, float32, of the ``terms`` of float32 g and bfloat16 ``x``."""
     stacked = product(torch.cat(terms, 1).mT, x)
     return stacked.unflatten(0, (len(terms), -1)).sum(0)
 
 
-def token_gradient_by_terms(terms: Sequence[Tensor], router: Tensor) -> Tensor:
+def token_gradient_by_terms(terms: tuple[Tensor, ...], router: Tensor) -> Tensor:
     """``g (T, E) @ router (E, D)``, added in float32 and rounded to bfloat16 once, of the ``terms`` of g.
 
     All pairs of terms along one contraction, but for those under 2^-26 of the product, so that there is
