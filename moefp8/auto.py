@@ -152,8 +152,8 @@ def choose_recipe(
         dim: D.
         hidden: H.
         num_experts: E.
-        dtype: of tokens and weights. The kernels' unquantised products take bfloat16; for other dtypes
-            MXFP8 it is.
+        dtype: of tokens and weights. The kernels' unquantised products take bfloat16, so for float32 and
+            float16 it is MXFP8; for float64 it is ``BF16``, which quantises nothing.
         device: where the layer runs. Not asked if ``card`` is given.
         card: measurements of your own; those that come with the library if left out.
 
@@ -188,10 +188,11 @@ def choose_recipe(
     recipe = _faster(rows, dim, hidden, num_experts, dtype, card)
     if card is None:
         return Choice(recipe, f"FP8 is emulated on a {device.type.upper()}, and slower")
+    if dtype == torch.float64:
+        return Choice(recipe, "float64 is not quantised")
     if dtype != torch.bfloat16:
-        return Choice(
-            recipe, f"no kernel multiplies {str(dtype).removeprefix('torch.')} operands unquantised"
-        )
+        name = str(dtype).removeprefix("torch.")
+        return Choice(recipe, f"no kernel multiplies {name} operands unquantised")
     shape = Shape(rows, dim, hidden, num_experts)
     low, high = card.mxfp8.seconds(shape), card.bf16.seconds(shape)
     ratio, milliseconds = low / high, f"{1e3 * low:.1f} ms instead of {1e3 * high:.1f} ms"
@@ -211,7 +212,7 @@ def _faster(
     rows: int, dim: int, hidden: int, num_experts: int, dtype: torch.dtype, card: Card | None
 ) -> Recipe:
     """The choice without the words for it: sizes may be symbols of a compiler, which have no digits."""
-    if card is None:
+    if card is None or dtype == torch.float64:
         return BF16
     if dtype != torch.bfloat16:
         return MXFP8
@@ -265,6 +266,6 @@ def _resolve(params: Mapping[str, Any], x: Tensor, rows: int) -> Recipe:
     dtype = functools.reduce(
         torch.promote_types, (params[key].dtype for key in ("w1", "w2", "w3")), x.dtype
     )
-    if dtype == torch.float64:  # which no recipe quantises
+    if dtype == torch.float64:  # on a card that was never measured as well
         return BF16
     return _faster(rows, dim, hidden, num_experts, dtype, _card_of(x.device))

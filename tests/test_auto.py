@@ -71,6 +71,11 @@ def test_what_no_kernel_multiplies_unquantised_takes_mxfp8(options):
     assert choice.reason.startswith("no kernel multiplies")
 
 
+def test_float64_is_not_quantised():
+    choice = choose_recipe(131072, 5120, 8192, 8, card=CARD, dtype=torch.float64)
+    assert choice == (BF16, "float64 is not quantised", None, None)
+
+
 def test_on_a_cpu_it_is_bf16():
     choice = choose_recipe(131072, 5120, 8192, 8, device="cpu")
     assert choice == (BF16, "FP8 is emulated on a CPU, and slower", None, None)
