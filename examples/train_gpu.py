@@ -101,9 +101,10 @@ def evaluate(
     """Mean cross-entropy over ``windows``, and the tokens each expert of each layer got."""
     with torch.no_grad():
         results = [cross_entropy(params, text, config, recipe) for text in windows]
-    losses = torch.stack([entropy for entropy, _ in results])
+    weights = torch.tensor([len(text) for text in windows], device=windows[0].device)
+    losses = torch.stack([entropy for entropy, _ in results]) * weights / weights.sum()
     counts = [torch.stack([s.tokens_per_expert for s in stats]) for _, stats in results]
-    return losses.mean().item(), torch.stack(counts).sum(0).cpu()
+    return losses.sum().item(), torch.stack(counts).sum(0).cpu()
 
 
 # --- one step ------------------------------------------------------------------------------------

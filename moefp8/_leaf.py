@@ -31,7 +31,7 @@ def leaf(name: str, *, fake: Callable, vmap: Callable) -> Callable[[Callable], A
 
         @functools.wraps(fn)
         def call(*args: Any) -> Any:
-            # The same function either way; PyTorch's way to it takes some 50 microseconds of Python.
+            # The same function either way; PyTorch's way to it takes 30 to 40 microseconds of Python.
             return fn(*args) if _unobserved(args) else op(*args)
 
         return call
@@ -44,15 +44,20 @@ def _unobserved(args: tuple) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if not all(type(x) is Tensor or type(x) is Parameter for x in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    recorded = torch.is_grad_enabled()
+    for x in args:
+        if isinstance(x, Tensor):
+            plain = type(x) is Tensor or type(x) is Parameter
+            # The dispatcher also resolves a negation that is only noted, and zeros that are nowhere.
+            if not plain or (recorded and x.requires_grad) or x.is_neg() or x._is_zerotensor():
+                return False
+    return True
 
 
 def _lead(x: Any, dim: int | None, size: int) -> Any:

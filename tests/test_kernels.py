@@ -264,6 +264,22 @@ def test_products(layout, gemm_format, out_dtype, device):
     check(dw, gemm.reference_contraction(*g_cols, *a_cols, where.ends), max(rows, 1))
 
 
+def test_bfloat16_product_with_a_bias_of_views_at_odd_addresses(device):
+    """As weights in one flat buffer may lie; the tensor memory accelerator wants multiples of 16 bytes."""
+    layout = LAYOUTS[0]
+    offs, groups, rows, (n, k) = layout.offs(device), len(layout.sizes), layout.rows, (16, 32)
+    a, w = draw((rows, k), device), draw((groups, n, k), device, seed=1)
+    tiles = plans.plan(offs, rows, gemm.tile_rows(offs.device)).tiles
+    bias = torch.randn(groups, n, device=device)
+
+    def moved(x):
+        buffer = torch.cat([x.new_zeros(1), x.flatten()])
+        return buffer[1:].view(x.shape)
+
+    want = high_precision.high_precision_product(a, w.mT, offs, tiles, bias)
+    same_bits(high_precision.high_precision_product(moved(a), moved(w).mT, offs, tiles, bias), want)
+
+
 @pytest.mark.parametrize("stored", ["(G, N, K)", "(G, K, N)"])
 @pytest.mark.parametrize("layout", ODD_LAYOUTS, ids=lambda x: x.name)
 def test_bfloat16_product_with_a_bias(layout, stored, device):
@@ -276,7 +292,7 @@ def test_bfloat16_product_with_a_bias(layout, stored, device):
         b = b.contiguous()
     tiles = plans.plan(offs, rows, gemm.tile_rows(offs.device)).tiles
     each = torch.randn(groups, n, device=device)
-    for bias in (each, each[0], each.bfloat16()):
+    for bias in (each, each[0], each.bfloat16(), each.half(), torch.stack([each, each + 1], -1)[..., 0]):
         out = high_precision.high_precision_product(a, b, offs, tiles, bias)
         ones = gemm.Weights(b.mT.reshape(-1, k), torch.ones(groups, n, device=device))
         exact, size = gemm.reference_rows(a, torch.ones(rows, device=device), ones, offs, bias)

@@ -1,5 +1,8 @@
 """Leaf operators: called directly where nothing watches, else through PyTorch's dispatcher."""
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +21,12 @@ def _same(x, factor):
 def scaled(x: torch.Tensor, factor: int) -> torch.Tensor:
     CALLS.append(type(x))
     return x * factor
+
+
+@leaf("test_bits", fake=lambda x: torch.empty_like(x), vmap=over_leading)
+def scaled_bits(x: torch.Tensor) -> torch.Tensor:
+    """Reads memory, as a kernel does."""
+    return torch.from_numpy(np.frombuffer(ctypes.string_at(x.data_ptr(), x.nbytes), np.float32).copy())
 
 
 class Names(TorchDispatchMode):
@@ -84,6 +93,22 @@ def test_a_subclass_sees_the_operator():
     seen = []
     scaled(torch.Tensor._make_subclass(Sub, torch.ones(2)), 3)
     assert seen == ["moefp8.test_scaled.default"]
+
+
+def test_a_negation_that_is_only_noted():
+    assert torch.equal(scaled_bits(torch._neg_view(torch.ones(2))), torch.tensor([-1.0, -1.0]))
+
+
+def test_zeros_that_are_nowhere(no_dispatcher):
+    with pytest.raises(AssertionError, match=r"moefp8\.test_scaled\.default was dispatched"):
+        scaled(torch._efficientzerotensor(2), 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_records_the_operator():
+    traced = torch.jit.trace(lambda x: scaled(x, 2), torch.ones(3))
+    assert "moefp8::test_scaled" in str(traced.graph)
+    assert torch.equal(traced(torch.arange(3.0)), torch.tensor([0.0, 2.0, 4.0]))
 
 
 def test_vmap_uses_the_batching_rule():

@@ -227,6 +227,12 @@ def gemm_rows_sum(
 _WIDE_STEP, _NEVER = _STEP // 2, 2**30
 
 
+def _for_tma(x: Tensor) -> Tensor:
+    """``x`` contiguous and from a multiple of 16 bytes on, which a view into a buffer may not be."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _fake_biased(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[2])
 
@@ -246,7 +252,7 @@ def gemm_biased_rows(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tenso
     out = _fake_biased(a, b, tiles, bias)
     if out.numel() == 0:
         return out
-    a, bias, stacked = a.contiguous(), bias.contiguous(), b.mT.contiguous().flatten(0, 1)
+    a, bias, stacked = _for_tma(a), bias.contiguous(), _for_tma(b.mT).flatten(0, 1)
     num_groups, length, columns = b.shape
     row_tiles, column_tiles = tiles.shape[0], triton.cdiv(columns, _COLUMNS)
     grid = min(row_tiles * column_tiles, multiprocessors(out.device))
