@@ -157,7 +157,7 @@ def adamw_init(params: Params) -> AdamState:
 
 
 def adamw(
-    params: Params, grads: Params, state: AdamState, learning_rate: float
+    params: Params, grads: Params, state: AdamState, learning_rate: float | Tensor
 ) -> tuple[Params, AdamState]:
     """One AdamW update: gradients clipped to norm 1, weight decay 0.1 on matrices."""
     beta1, beta2, eps, decay = 0.9, 0.98, 1e-9, 0.1

@@ -12,7 +12,7 @@ What follows from it, for whoever adds an operation:
 * kernels are called inside ``fwd`` and ``bwd`` only, never in a Function's ``backward``;
 * ``fwd`` and ``bwd`` write nothing in place (pytorch #180642);
 * static arguments travel in one hashable NamedTuple, tensors as flat operands without None. To the
-  Function itself they are a ``Static``: functorch flattens its arguments some twenty times a call, and
+  Function itself they are an ``_Opaque``: functorch flattens its arguments some twenty times a call, and
   the fields of a recipe would be most of what it finds.
 """
 
@@ -72,7 +72,7 @@ def _refuse(name: str, why: str) -> Callable:
     return refuse
 
 
-class Static:
+class _Opaque:
     """An argument that is no pytree."""
 
     __slots__ = ("value",)
@@ -105,12 +105,12 @@ def custom_vjp(
     # vmap compares the structures of outputs, and autograd turns a list into a tuple on the way.
     no_second_order = _refuse(name, "second-order derivatives are not defined")
 
-    def forward_of_backward(static: Static, *residuals: Tensor) -> tuple[Tensor | None, ...]:
+    def forward_of_backward(static: _Opaque, *residuals: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(bwd(*static.value, *residuals))
 
     backward_once = _function(name, forward_of_backward, no_second_order, no_second_order)
 
-    def forward(static: Static, *operands: Tensor) -> tuple[Tensor, ...]:
+    def forward(static: _Opaque, *operands: Tensor) -> tuple[Tensor, ...]:
         out, residuals = fwd(static.value, *operands)
         # A Function may not return an input as an output; a view of it is fine.
         is_operand = {id(x) for x in operands}
@@ -128,7 +128,7 @@ def custom_vjp(
         needed = tuple(ctx.needs_input_grad[1:])
         if cotangent is None:  # nothing downstream depends on the result
             return (None,) * (1 + len(needed))
-        static = Static((ctx.static.value, needed))
+        static = _Opaque((ctx.static.value, needed))
         return (None, *backward_once.apply(static, *ctx.saved_tensors, cotangent))
 
     function = _function(name, forward, backward, _refuse(name, _NO_FORWARD_MODE), setup_context)
@@ -137,7 +137,7 @@ def custom_vjp(
         # To a function mode the operation is one call: the arithmetic inside is not the caller's.
         if has_torch_function(operands):
             return handle_torch_function(op, operands, static, *operands)
-        return function.apply(Static(static), *operands)[0]
+        return function.apply(_Opaque(static), *operands)[0]
 
     op.__name__ = name
     return torch.compiler.allow_in_graph(op)
@@ -147,13 +147,13 @@ def non_differentiable(name: str, fn: Callable, instead: str) -> Callable:
     """``fn(static, *operands)`` as an operation whose derivative raises and says what to do instead."""
     no_derivative = _refuse(name, f"has no useful derivative; {instead}")
 
-    def forward(static: Static, *operands: Tensor) -> Any:
+    def forward(static: _Opaque, *operands: Tensor) -> Any:
         return fn(static.value, *operands)
 
     function = _function(name, forward, no_derivative, no_derivative)
 
     def op(static: Any, *operands: Tensor) -> Any:
-        return function.apply(Static(static), *operands)
+        return function.apply(_Opaque(static), *operands)
 
     return torch.compiler.allow_in_graph(op)
 

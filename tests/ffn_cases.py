@@ -26,8 +26,10 @@ class FFNCase(NamedTuple):
 
     def params(self, num_experts: int, seed: int = 0) -> dict[str, Tensor]:
         """Weights and biases."""
-        shapes: dict[str, tuple[int, ...]] = {"w1": (HIDDEN, DIM), "w2": (DIM, HIDDEN), "w3": (HIDDEN, DIM)}
-        shapes |= {"b1": (HIDDEN,), "b2": (DIM,), "b3": (HIDDEN,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "w1": (HIDDEN, DIM), "w2": (DIM, HIDDEN), "w3": (HIDDEN, DIM),
+            "b1": (HIDDEN,), "b2": (DIM,), "b3": (HIDDEN,),
+        }  # fmt: skip
         return {
             name: self._draw(num_experts, *shape, seed=100 * seed + i) / 4
             for i, (name, shape) in enumerate(shapes.items())

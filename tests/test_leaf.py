@@ -23,8 +23,8 @@ def scaled(x: torch.Tensor, factor: int) -> torch.Tensor:
     return x * factor
 
 
-@leaf("test_bits", fake=lambda x: torch.empty_like(x), vmap=over_leading)
-def scaled_bits(x: torch.Tensor) -> torch.Tensor:
+@leaf("test_in_memory", fake=lambda x: torch.empty_like(x), vmap=over_leading)
+def in_memory(x: torch.Tensor) -> torch.Tensor:
     """Reads memory, as a kernel does."""
     return torch.from_numpy(np.frombuffer(ctypes.string_at(x.data_ptr(), x.nbytes), np.float32).copy())
 
@@ -96,7 +96,7 @@ def test_a_subclass_sees_the_operator():
 
 
 def test_a_negation_that_is_only_noted():
-    assert torch.equal(scaled_bits(torch._neg_view(torch.ones(2))), torch.tensor([-1.0, -1.0]))
+    assert torch.equal(in_memory(torch._neg_view(torch.ones(2))), torch.tensor([-1.0, -1.0]))
 
 
 def test_zeros_that_are_nowhere(no_dispatcher):

@@ -168,13 +168,13 @@ def fuse(composed: Composed) -> Composed:
             if scores_needed:
                 d_scores = ffn.score_gradient(gate, up, d_hidden, g, biases[1], offs)
             if x_needed or any_weight:
-                rows = swiglu_backward_rows(gate, up, d_hidden, layout, dgrad, column_amax=any_weight)
-                d_gate, d_up = rows
+                d_gate, d_up = swiglu_backward_rows(
+                    gate, up, d_hidden, layout, dgrad, column_amax=any_weight
+                )
                 if x_needed and early:
                     dx = input_gradient(d_gate, d_up)
                 if early or not x_needed:  # only maxima are read from here on
-                    d_gate, d_up = (_maxima((q.column_amax, q.poisoned)) for q in rows)
-                del rows
+                    d_gate, d_up = (_maxima((rows.column_amax, rows.poisoned)) for rows in (d_gate, d_up))
             if any_weight:
                 gate_columns, up_columns, hidden_columns = swiglu_backward_columns(
                     gate, up, d_hidden, layout, d_gate, d_up, hidden_maxima, wgrad
