@@ -1,25 +1,23 @@
-"""Grouped FP8 products with one scale a row and column: the operators, and the portable kernel.
+"""Grouped FP8 products with one scale a row and column: the operators and their twins.
 
     rows         out[i] = sa[i] sb[g] (A[i] . B[g]) + bias[g]      rows i of group g
     contraction  out[g] = sa[g] sb[g] (A[:, t] . B[:, t])          t in segment g
 
-Both operands are K-major, as Hopper's tensor core wants them. ``gemm_hopper.py`` does the same at nearly
-the speed of cuBLAS; the kernel here is for the interpreter, and for a Triton whose Gluon has moved on.
-Without scales it also multiplies bfloat16 where there is a bias, which ``torch._grouped_mm`` cannot add.
+Both operands are K-major, as Hopper's tensor core wants them. The kernel is ``gemm_hopper.py``, or
+``gemm_portable.py`` where that cannot run.
 """
 
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefp8._leaf import by_loop, leaf
 from moefp8.groups import group_ids
-from moefp8.kernels._round import narrowed, rounded, widened
-from moefp8.kernels._tiles import Shape, bias_stride, locate, multiprocessors
+from moefp8.kernels import gemm_portable
+from moefp8.kernels._tiles import Shape
+from moefp8.kernels.gemm_portable import COLUMNS, STEP
 from moefp8.kernels.plan import Plan
 
 try:
@@ -28,8 +26,6 @@ try:
     HOPPER_UNAVAILABLE: str | None = None
 except ImportError as error:
     HOPPER_UNAVAILABLE = f"Triton {triton.__version__} has no Gluon as moefp8 knows it: {error}"
-
-_ROWS, _COLUMNS, _STEP, _BAND = 128, 128, 128, 8
 
 
 class Weights(NamedTuple):
@@ -49,57 +45,6 @@ class Weights(NamedTuple):
         return self.data.shape[0] == self.scale.numel()
 
 
-@triton.jit
-def _portable_kernel(
-    a_desc, b_desc, c, a_scale, b_scale, bias, bias_stride, tiles, ends,
-    row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length,
-    CONTRACTION: tl.constexpr, PROMOTE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-    ADD: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    shape = (row_tiles, column_tiles, num_groups, rows, columns, length, b_rows, b_length)
-    for t in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        group, column, a_row, b_row, a_at, b_at, steps, c_row, c_end = locate(
-            t, shape, tiles, ends, CONTRACTION, ROWS, COLUMNS, STEP, BAND
-        )
-        if c_row < c_end:
-            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-            part = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for k in range(steps):
-                a = a_desc.load([a_row, a_at + k * STEP])
-                b = b_desc.load([b_row, b_at + k * STEP])
-                if not (SCALED | HARDWARE):  # the interpreter would multiply the bits of a bfloat16
-                    a, b = widened(a, HARDWARE), widened(b, HARDWARE)
-                part = tl.dot(a, b.T, part)
-                # One flat loop: a nested one would drain the pipeline at every promotion.
-                if (k + 1) % PROMOTE == 0:
-                    acc += part
-                    part = tl.zeros((ROWS, COLUMNS), tl.float32)
-            acc += part
-
-            row = c_row + tl.arange(0, ROWS)
-            n = column + tl.arange(0, COLUMNS)
-            if SCALED:
-                # Nothing was multiplied for a tile without steps: its scales may never have been written.
-                scaled = tl.where(steps > 0, c_end, 0)
-                sa = tl.load(a_scale + row, mask=row < scaled, other=0.0)
-                within = n < tl.where(steps > 0, columns, 0)
-                sb = tl.load(b_scale + group * columns + n, mask=within, other=0.0)
-                acc = acc * sa[:, None] * sb[None, :]
-            if BIAS:
-                biased = tl.where(group < num_groups, columns, 0)
-                acc += tl.load(bias + group * bias_stride + n, mask=n < biased, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-            at = row.to(tl.int64)[:, None] * columns + n[None, :]
-            keep = (row < c_end)[:, None] & (n < columns)[None, :]
-            out = narrowed(acc, c.dtype.element_ty, HARDWARE)
-            if ADD:  # two roundings, as if the product had been written and then added
-                both = out.to(tl.float32) + tl.load(c + at, mask=keep, other=0).to(tl.float32)
-                out = rounded(both, c.dtype.element_ty, HARDWARE).to(c.dtype.element_ty)
-            tl.store(c + at, out, mask=keep)
-
-
 def uses_hopper(device: torch.device) -> bool:
     """Whether products on ``device`` run on ``gemm_hopper.py`` rather than on the portable kernel."""
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
@@ -108,7 +53,7 @@ def uses_hopper(device: torch.device) -> bool:
 
 def tile_rows(device: torch.device) -> int:
     """Rows of an output tile, for the plan."""
-    return gemm_hopper.TILE_ROWS if uses_hopper(device) else _ROWS
+    return gemm_hopper.TILE_ROWS if uses_hopper(device) else gemm_portable.TILE_ROWS
 
 
 def _launch(
@@ -116,20 +61,8 @@ def _launch(
     tiles: Tensor, ends: Tensor, shape: Shape, contraction: bool, promote: int, add: bool,
 ) -> None:  # fmt: skip
     """Fill ``out`` with the product that ``shape`` describes, or add it, on the kernel for its device."""
-    if uses_hopper(out.device):
-        gemm_hopper.launch(
-            a, a_scale, b, b_scale, bias, out, tiles, ends, shape, contraction, promote, add
-        )  # fmt: skip
-        return
-    grid = min(shape.row_tiles * shape.column_tiles, multiprocessors(out.device))
-    _portable_kernel[(grid,)](
-        TensorDescriptor.from_tensor(a, [_ROWS, _STEP]), TensorDescriptor.from_tensor(b, [_COLUMNS, _STEP]),
-        out, a_scale, b_scale, out if bias is None else bias, bias_stride(bias), tiles, ends, *shape,
-        CONTRACTION=contraction, PROMOTE=max(promote // _STEP, 1), SCALED=True, BIAS=bias is not None,
-        ADD=add, HARDWARE=out.device.type == "cuda",
-        ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, BAND=_BAND, num_warps=8, num_stages=3,
-        enable_fp_fusion=not add,  # a float32 product would be scaled and added in one rounding
-    )  # fmt: skip
+    kernel = gemm_hopper if uses_hopper(out.device) else gemm_portable
+    kernel.launch(a, a_scale, b, b_scale, bias, out, tiles, ends, shape, contraction, promote, add)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -161,8 +94,8 @@ def _multiply_rows(
         return
     num_groups, columns = b.scale.shape
     shape = Shape(
-        tiles.shape[0], triton.cdiv(columns, _COLUMNS), num_groups, a.shape[0], columns, a.shape[1],
-        columns if b.stacked else 0, 0 if b.stacked else triton.cdiv(a.shape[1], _STEP) * _STEP,
+        tiles.shape[0], triton.cdiv(columns, COLUMNS), num_groups, a.shape[0], columns, a.shape[1],
+        columns if b.stacked else 0, 0 if b.stacked else triton.cdiv(a.shape[1], STEP) * STEP,
     )  # fmt: skip
     _launch(a, a_scale, b.data, b.scale, bias, out, tiles, tiles, shape, False, promote, add)
 
@@ -221,53 +154,6 @@ def gemm_rows_sum(
     )  # fmt: skip
 
 
-# --- rows of bfloat16 with a bias ----------------------------------------------------------------
-
-#: As many bytes as a step of FP8; and more steps than any contraction has, for nothing is to be promoted.
-_WIDE_STEP, _NEVER = _STEP // 2, 2**30
-
-
-def _for_tma(x: Tensor) -> Tensor:
-    """``x`` contiguous and from a multiple of 16 bytes on, which a view into a buffer may not be."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _fake_biased(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[2])
-
-
-@leaf("gemm_biased_rows", fake=_fake_biased, vmap=by_loop)
-def gemm_biased_rows(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
-    """``out[i] = a[i] @ b[g] + bias[g]`` added up in float32 and rounded once; zero past the last group.
-
-    Args:
-        a, b: ``(M, K)`` and ``(G, K, N)`` bfloat16.
-        tiles: of a plan for blocks of 128 rows.
-        bias: ``(N,)`` or ``(G, N)``.
-
-    Returns:
-        ``(M, N)`` bfloat16, every element written.
-    """
-    out = _fake_biased(a, b, tiles, bias)
-    if out.numel() == 0:
-        return out
-    a, bias, stacked = _for_tma(a), bias.contiguous(), _for_tma(b.mT).flatten(0, 1)
-    num_groups, length, columns = b.shape
-    row_tiles, column_tiles = tiles.shape[0], triton.cdiv(columns, _COLUMNS)
-    grid = min(row_tiles * column_tiles, multiprocessors(out.device))
-    _portable_kernel[(grid,)](
-        TensorDescriptor.from_tensor(a, [_ROWS, _WIDE_STEP]),
-        TensorDescriptor.from_tensor(stacked, [_COLUMNS, _WIDE_STEP]),
-        out, out, out, bias, bias_stride(bias), tiles, tiles,
-        row_tiles, column_tiles, num_groups, a.shape[0], columns, length, columns, 0,
-        CONTRACTION=False, PROMOTE=_NEVER, SCALED=False, BIAS=True, ADD=False,
-        HARDWARE=out.device.type == "cuda",
-        ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_WIDE_STEP, BAND=_BAND, num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return out
-
-
 # --- contraction ---------------------------------------------------------------------------------
 
 
@@ -300,7 +186,7 @@ def _gemm_contraction(
     if a.shape[1] == 0:
         return out.zero_()
     row_tiles = num_groups * triton.cdiv(rows, tile_rows(a.device))
-    shape = Shape(row_tiles, triton.cdiv(columns, _COLUMNS), num_groups, rows, columns, 0, 0, 0)
+    shape = Shape(row_tiles, triton.cdiv(columns, COLUMNS), num_groups, rows, columns, 0, 0, 0)
     _launch(a, a_scale, b, b_scale, None, out, order, ends, shape, True, promote, False)
     return out
 
@@ -334,7 +220,7 @@ def reference_rows(
     if b.stacked:
         matrix = b.data[:, :length].to(torch.float64).view(num_groups, columns, length)
     else:
-        padded = triton.cdiv(length, _STEP) * _STEP
+        padded = triton.cdiv(length, STEP) * STEP
         side_by_side = b.data[:, : num_groups * padded].to(torch.float64)
         matrix = side_by_side.unflatten(1, (num_groups, padded)).movedim(1, 0)[:, :, :length]
     matrix = matrix * b.scale.to(torch.float64)[:, :, None]

@@ -1,7 +1,8 @@
 """Grouped products of bfloat16 operands, by ``torch._grouped_mm``, with the contract of this library.
 
 Torch leaves rows past the last group unwritten. A kernel that looks at them alone costs a few
-microseconds; masking the result in torch would read and write all of it.
+microseconds; masking the result in torch would read and write all of it. With a bias, which torch does not
+add, the portable kernel multiplies.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moefp8._leaf import by_loop, leaf
-from moefp8.kernels.gemm import gemm_biased_rows
+from moefp8.kernels.gemm_portable import launch_bfloat16
 
 
 @triton.jit
@@ -47,6 +48,36 @@ def high_precision_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
+def _for_tma(x: Tensor) -> Tensor:
+    """``x`` contiguous and from a multiple of 16 bytes on, which a view into a buffer may not be."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _fake_biased(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
+    return _fake_rows(a, b, tiles)
+
+
+@leaf("biased_rows", fake=_fake_biased, vmap=by_loop)
+def biased_rows(a: Tensor, b: Tensor, tiles: Tensor, bias: Tensor) -> Tensor:
+    """``out[i] = a[i] @ b[g] + bias[g]`` added up in float32 and rounded once; zero past the last group.
+
+    Args:
+        a, b: ``(M, K)`` and ``(G, K, N)`` bfloat16.
+        tiles: of a plan for blocks of 128 rows.
+        bias: ``(N,)`` or ``(G, N)``.
+
+    Returns:
+        ``(M, N)`` bfloat16, every element written.
+    """
+    out = _fake_biased(a, b, tiles, bias)
+    if out.numel() == 0:
+        return out
+    a, bias, stacked = _for_tma(a), bias.contiguous(), _for_tma(b.mT).flatten(0, 1)
+    launch_bfloat16(a, stacked, bias, out, tiles, b.shape[0])
+    return out
+
+
 def high_precision_product(
     a: Tensor, b: Tensor, offs: Tensor, tiles: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -54,7 +85,7 @@ def high_precision_product(
 
     Torch's product takes no bias, and adding it to a rounded product would round twice.
     """
-    return high_precision_rows(a, b, offs) if bias is None else gemm_biased_rows(a, b, tiles, bias)
+    return high_precision_rows(a, b, offs) if bias is None else biased_rows(a, b, tiles, bias)
 
 
 def _fake_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
@@ -66,5 +97,5 @@ def high_precision_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """``out[g] = a[:, t in g] @ b[t in g]`` in bfloat16, zero for an empty group."""
     if a.numel() == 0 or b.numel() == 0:
         return _fake_contraction(a, b, offs).zero_()
-    # As above.
+    # Groups not along contiguous memory, as in the rows form.
     return torch._grouped_mm(a.mT.contiguous().mT, b.contiguous(), offs)
