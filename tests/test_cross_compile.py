@@ -38,6 +38,7 @@ INSTRUCTIONS = {
 #: Quantisers, which convert two numbers an instruction.
 QUANTISERS = [
     "fake_quantize._fake_quantize_kernel",
+    "fake_quantize_blocks._fake_quantize_blocks_kernel",
     "quantize_blocks._quantize_blocks_kernel",
     "quantize_columns._quantize_columns_kernel",
     "quantize_rows._quantize_rows_kernel",

@@ -7,9 +7,11 @@ import pytest
 import torch
 from specs import LAYOUTS, OPS, Backend, Case, Layout
 
+from moefp8 import scaled_grouped_mm
 from moefp8.kernels import (
     combine,
     fake_quantize,
+    fake_quantize_blocks,
     gemm,
     group_sum,
     high_precision,
@@ -189,6 +191,17 @@ def test_fake_quantize(layout, gemm_format, group, axis, device):
     same_bits(got[:used], fake_quantize.reference(x, offs, axis, twin)[:used])
 
 
+@pytest.mark.parametrize(("along", "across"), [("mx", "mx"), ("mx", "floor")])
+def test_fake_quantize_both_ways(along, across, device):
+    """One pass, or two where the copies are rounded differently."""
+    layout, along, across = ODD_LAYOUTS[0], FORMATS[along], FORMATS[across]
+    offs, x = layout.offs(device), draw((layout.rows, 144), device, poison=3)
+    got = fake_quantize_blocks.fake_quantize_blocks(x, plans.plan(offs, layout.rows, 128), along, across)
+    used = int(offs[-1])
+    for copy, axis, gemm in zip(got, (-1, -2), (along, across), strict=True):
+        same_bits(copy[:used], fake_quantize.reference(x, offs, axis, gemm._replace(group=32))[:used])
+
+
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 10)])
 def test_what_mx_represents_bfloat16_does(dtype, least):
     """Every code under every scale from byte ``least`` on, but NaN and what float32 has no room for."""
@@ -356,3 +369,16 @@ def test_a_product_and_its_gradients_are_those_of_the_reference(op, recipe, devi
     operands = case.operands()
     case.agree(case.call(*operands), want.call(*operands))
     case.agree(case.eager(*operands), want.eager(*operands))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_gradient_of_a_weight_lies_as_the_weight_does(recipe, transposed, device):
+    """Autograd copies a gradient that lies otherwise, which for a weight takes as long as a product."""
+    a = torch.randn(40, 32, device=device, dtype=torch.bfloat16)
+    w = torch.randn(2, 48, 32, device=device, dtype=torch.bfloat16)
+    b = (w.mT if transposed else w.mT.contiguous()).requires_grad_()
+    offs = torch.tensor([16, 40], dtype=torch.int32, device=device)
+    out = scaled_grouped_mm(a, b, offs, recipe=RECIPES[recipe], implementation="triton")
+    (gradient,) = torch.autograd.grad(out.float().sum(), b)
+    assert gradient.stride() == b.stride()

@@ -1,13 +1,7 @@
-"""Round a matrix to MX: every 32 elements, or every superblock of them, to FP8 under one scale, and back.
+"""Round a matrix to FP8 under one scale for every superblock of 64 elements and more, and back.
 
-Hopper's tensor core has no block scales. Scaling inside the product costs a multiply-add an element
-every 32 of the contraction, 290-321 TFLOP/s at best, half of bfloat16. An MX value however *is* a
-bfloat16 number: four significant bits, and a power of two. So the exact product is the bfloat16 one
-of rounded operands, and rounding them costs one pass: 2 bytes read, 2 written. A span of more than 128
-elements is read twice, the second time mostly out of the cache.
-
-(Values below 2^-133 are the exception, where bfloat16 ends: those under scales below 2^-124 for E4M3,
-2^-117 for E5M2.)
+The same as ``fake_quantize_blocks.py``, which does the blocks of 32, for longer spans. A span of more than
+128 elements is read twice, the second time mostly out of the cache.
 """
 
 import math
@@ -22,29 +16,10 @@ from moefp8._leaf import by_loop, leaf
 from moefp8._quantize import dequantize, quantize
 from moefp8.formats import BLOCK
 from moefp8.groups import segments as segments_of
-from moefp8.kernels._fp8 import (
-    INF_BITS,
-    MX_BLOCK,
-    NAN_BITS,
-    TRITON_DTYPES,
-    encode,
-    encoding,
-    magnitude_bits,
-    scale_of,
-)
+from moefp8.kernels._fp8 import INF_BITS, MX_BLOCK, TRITON_DTYPES, encoding, scale_of
+from moefp8.kernels.fake_quantize_blocks import block_amax, fake_quantize_blocks, rounded, spread
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.recipe import Gemm
-
-
-@triton.jit
-def _block_amax(v, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Bits of the largest magnitude of each block of 32 of a tile."""
-    bits = magnitude_bits(v)
-    if ALONG_ROWS:
-        amax = tl.max(tl.reshape(bits, (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
-    else:
-        amax = tl.max(tl.reshape(bits, (ROWS, COLUMNS // MX_BLOCK, MX_BLOCK)), 2)
-    return amax
 
 
 @triton.jit
@@ -59,16 +34,6 @@ def _span_amax(
         else:
             amax = tl.max(tl.reshape(amax, (ROWS, COLUMNS // SPAN, SPAN // MX_BLOCK)), 2)
     return amax
-
-
-@triton.jit
-def _spread(v, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """One value for every ``SIZE`` elements of a tile, repeated."""
-    if ALONG_ROWS:
-        v = tl.broadcast_to(v[:, None, :], (ROWS // SIZE, SIZE, COLUMNS))
-    else:
-        v = tl.broadcast_to(v[:, :, None], (ROWS, COLUMNS // SIZE, SIZE))
-    return tl.reshape(v, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -99,9 +64,7 @@ def _fake_quantize_kernel(
                 here = (row < end)[:, None] & (column < columns)[None, :]
                 at = row.to(tl.int64)[:, None] * stride + column[None, :]
                 v = tl.load(x + at, mask=here, other=0).to(tl.float32)
-                mine = _span_amax(
-                    _block_amax(v, ALONG_ROWS, ROWS, COLUMNS), ALONG_ROWS, ROWS, COLUMNS, SPAN
-                )
+                mine = _span_amax(block_amax(v, ALONG_ROWS, ROWS, COLUMNS), ALONG_ROWS, ROWS, COLUMNS, SPAN)
                 amax = tl.maximum(amax, mine)
         for i in range(pieces):
             row = first + i * down + tl.arange(0, ROWS)
@@ -109,16 +72,16 @@ def _fake_quantize_kernel(
             here = (row < end)[:, None] & (column < columns)[None, :]
             at = row.to(tl.int64)[:, None]
             v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
-            by_block = _block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
+            by_block = block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
             if PIECES == 1:
                 amax = _span_amax(by_block, ALONG_ROWS, ROWS, COLUMNS, SPAN)
-            of_span = _spread(amax, ALONG_ROWS, ROWS, COLUMNS, SPAN)
-            of_block = _spread(by_block, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK)
-            factor, inverse = scale_of(of_span, ROWWISE, CARRY, EMAX, MAX)
-            code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-            value = code.to(OUT, bitcast=True).to(tl.float32) * factor
-            value = tl.where(of_block < INF_BITS, value.to(tl.int32, bitcast=True), NAN_BITS)
-            value = value.to(tl.float32, bitcast=True).to(tl.bfloat16)
+            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
+            value = rounded(
+                v, spread(inverse, ALONG_ROWS, ROWS, COLUMNS, SPAN),
+                spread(factor, ALONG_ROWS, ROWS, COLUMNS, SPAN),
+                spread(by_block >= INF_BITS, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),
+                OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
+            )  # fmt: skip
             tl.store(out + at * columns + column[None, :], value, mask=here)
 
 
@@ -171,18 +134,25 @@ def _fake_quantize(
     return out
 
 
+def span(gemm: Gemm) -> int:
+    """Elements that share a scale."""
+    return BLOCK if gemm.group is None else gemm.group
+
+
 def fake_quantize(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
     """``x`` (M, K) rounded to MX in spans along ``axis`` (-1, or -2 within groups), in bfloat16.
 
     ``gemm.group`` elements share a scale, any multiple of 32. Rows past the last group are not written.
     """
-    group = BLOCK if gemm.group is None else gemm.group
+    group = span(gemm)
+    if group == BLOCK:
+        return fake_quantize_blocks(x, layout, *((gemm, None) if axis == -1 else (None, gemm)))[axis == -2]
     return _fake_quantize(x, offs, layout.segments, axis, gemm.dtype, gemm.rule, group)
 
 
 def reference(x: Tensor, offs: Tensor, axis: int, gemm: Gemm) -> Tensor:
     """The twin of :func:`fake_quantize`, in torch; rows past ``offs[-1]`` are zero."""
-    group = BLOCK if gemm.group is None else gemm.group
+    group = span(gemm)
     layout = segments_of(offs, x.shape[0], group)
     padded = layout.pad(x)
     codes = quantize(padded, axis, gemm.dtype, gemm.rule, group, None)

@@ -13,17 +13,21 @@ from torch import Tensor
 from moefp8._leaf import by_loop, leaf
 from moefp8.kernels.gemm_portable import launch_bfloat16
 
+#: Rows that a program fills with zeros at a time.
+_TAIL_ROWS = 16
+
 
 @triton.jit
 def _zero_tail_kernel(out, offs, num_groups, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    first = tl.program_id(0) * ROWS
+    # Mostly there is no tail: as few programs as fill the card, each of which finds that out by one load.
     end = tl.load(offs + num_groups - 1)
-    if first + ROWS > end:
+    for first in range(end + tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        tail = (row >= end)[:, None] & (row < rows)[:, None] & (column < columns)[None, :]
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(out + at, tl.zeros((ROWS, COLUMNS), out.dtype.element_ty), mask=tail)
+        for left in range(0, columns, COLUMNS):
+            column = left + tl.arange(0, COLUMNS)
+            at = row.to(tl.int64)[:, None] * columns + column[None, :]
+            tail = (row < rows)[:, None] & (column < columns)[None, :]
+            tl.store(out + at, tl.zeros((ROWS, COLUMNS), out.dtype.element_ty), mask=tail)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -43,8 +47,8 @@ def high_precision_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     # Torch wants groups in multiples of 16 bytes where they run along contiguous memory: let them not.
     out = torch._grouped_mm(a.contiguous(), _aligned(b), offs)
     rows, columns = out.shape
-    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 256))
-    _zero_tail_kernel[grid](out, offs, offs.shape[0], rows, columns, ROWS=64, COLUMNS=256)
+    grid = (min(triton.cdiv(rows, _TAIL_ROWS), 512),)
+    _zero_tail_kernel[grid](out, offs, offs.shape[0], rows, columns, ROWS=_TAIL_ROWS, COLUMNS=256)
     return out
 
 

@@ -32,7 +32,12 @@ from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_blocks import Blocks, quantize_blocks
 from moefp8.kernels.reference import high_precision
 from moefp8.kernels.refusals import refuse_device, refuse_dtypes, refuse_products, refuse_sizes
-from moefp8.kernels.sm90_operands import as_stored, in_memory_order, is_transposed
+from moefp8.kernels.sm90_operands import (
+    as_stored,
+    contract_high_precision,
+    in_memory_order,
+    is_transposed,
+)
 from moefp8.kernels.swizzle import swizzle_rows
 from moefp8.mx import MXArray
 from moefp8.recipe import HIGH_PRECISION, Gemm, Recipe
@@ -184,7 +189,7 @@ def rows_backward(
         _, a_rows = quantize_blocks(high_precision(a), layout, None, wgrad)
         db = _contract(a_rows, g_rows, layout, dtypes[1], b)
     elif needed[1]:
-        db = high_precision_contraction(high_precision(a).mT, g, offs)
+        db = contract_high_precision(high_precision(a), g, offs, b)
     return da, db
 
 

@@ -36,6 +36,8 @@ from moefp8.kernels.sm90_ffn import fuse, keeps_rows
 from moefp8.kernels.sm90_operands import (
     both_ways,
     contract,
+    contract_high_precision,
+    exact_both_ways,
     exact_operand,
     exact_weights,
     in_fp8,
@@ -138,13 +140,20 @@ def rows_backward(
     across = wgrad if needed[1] and in_fp8(wgrad) else None
     if along or across:
         by_row, columns = both_ways(g, layout, along, across)
+    # The copies of g that products in bfloat16 read, in one pass where there are two.
+    g_along, g_across = exact_both_ways(
+        g,
+        offs,
+        layout,
+        dgrad if needed[0] and not along else None,
+        wgrad if needed[1] and not across else None,
+    )
     if needed[0]:
         if along:
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
-            da = high_precision_rows(
-                exact_operand(g, offs, layout, -1, dgrad), exact_weights(b, dgrad, -1).mT, offs
-            )
+            da = high_precision_rows(g_along, exact_weights(b, dgrad, -1).mT, offs)
+    del g_along
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read
         x = high_precision(a)
@@ -154,8 +163,7 @@ def rows_backward(
             left = quantize_columns(x, layout, by_row_a, wgrad)
             db = contract(left, columns, layout, dtypes[1], wgrad, b)
         else:
-            exact = exact_operand(x, offs, layout, -2, wgrad)
-            db = high_precision_contraction(exact.mT, exact_operand(g, offs, layout, -2, wgrad), offs)
+            db = contract_high_precision(exact_operand(x, offs, layout, -2, wgrad), g_across, offs, b)
     return da, db
 
 

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefp8.kernels.fake_quantize import fake_quantize
+from moefp8.formats import BLOCK
+from moefp8.kernels.fake_quantize import fake_quantize, span
+from moefp8.kernels.fake_quantize_blocks import fake_quantize_blocks
 from moefp8.kernels.gemm import Weights, gemm_contraction
+from moefp8.kernels.high_precision import high_precision_contraction
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
@@ -81,9 +84,38 @@ def exact_operand(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) 
     return x if gemm.format == "none" else fake_quantize(x, offs, layout, axis, gemm)
 
 
+def in_blocks(gemm: Gemm) -> bool:
+    """True MX, which bfloat16 holds."""
+    return gemm.format == "mx" and span(gemm) == BLOCK
+
+
+def exact_both_ways(
+    x: Tensor, offs: Tensor, layout: Plan, along: Gemm | None, across: Gemm | None
+) -> tuple[Tensor, Tensor]:
+    """``x`` (M, K) as bfloat16 products read it, rounded along K and along the rows of each group.
+
+    Either may be None, and is then not to be read. Blocks of 32 come from one pass.
+    """
+    in_blocks = [
+        gemm is not None and gemm.format != "none" and span(gemm) == BLOCK for gemm in (along, across)
+    ]
+    if all(in_blocks):
+        return fake_quantize_blocks(x, layout, along, across)
+    first, second = (
+        x if gemm is None else exact_operand(x, offs, layout, axis, gemm)
+        for axis, gemm in ((-1, along), (-2, across))
+    )
+    return first, second
+
+
 def in_memory_order(product: Callable[[Any, Any], Tensor], left: Any, right: Any, like: Tensor) -> Tensor:
     """``product(left, right)`` in the memory order of ``like``, which autograd would copy it to."""
     return product(right, left).mT if is_transposed(like) else product(left, right)
+
+
+def contract_high_precision(left: Tensor, right: Tensor, offs: Tensor, like: Tensor) -> Tensor:
+    """``left^T right`` of each group in bfloat16, in the memory order of ``like``."""
+    return in_memory_order(lambda a, b: high_precision_contraction(a.mT, b, offs), left, right, like)
 
 
 def contract(
