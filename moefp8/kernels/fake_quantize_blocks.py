@@ -32,6 +32,7 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
+from moefp8.kernels._round import narrowed
 from moefp8.kernels.plan import SEGMENT, Plan
 from moefp8.recipe import Gemm
 
@@ -66,7 +67,7 @@ def rounded(
     code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
     value = code.to(OUT, bitcast=True).to(tl.float32) * factor
     value = tl.where(sick, NAN_BITS, value.to(tl.int32, bitcast=True))
-    return value.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return narrowed(value.to(tl.float32, bitcast=True), tl.bfloat16, HARDWARE)
 
 
 @triton.jit

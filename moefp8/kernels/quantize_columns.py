@@ -40,6 +40,12 @@ TILE_COLUMNS = 128
 
 
 @triton.jit
+def starts_group(segments, block, group):
+    """Whether a segment block is the first of its group, the one that writes the scales of all."""
+    return (block == 0) | (tl.load(segments + 3 * tl.maximum(block - 1, 0)) != group)
+
+
+@triton.jit
 def quantize_tile(
     x, copy, scores, data, scale, column_amax, poisoned, segments, block, tile, group, columns, stride,
     padded_rows, COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr,
@@ -69,9 +75,7 @@ def quantize_tile(
         data + column.to(tl.int64)[:, None] * padded_rows + position[None, :],
         tl.trans(code), mask=inside[:, None],
     )  # fmt: skip
-    # Every segment of a group has the same scales: the first one writes them.
-    before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
-    if (block == 0) | (before != group):
+    if starts_group(segments, block, group):
         tl.store(scale + group * columns + column, factor, mask=inside)
 
 
