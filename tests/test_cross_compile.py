@@ -42,7 +42,6 @@ QUANTISERS = [
     "quantize_blocks._quantize_blocks_kernel",
     "quantize_columns._quantize_columns_kernel",
     "quantize_rows._quantize_rows_kernel",
-    "requantize_columns._requantize_columns_kernel",
     "swiglu_backward_columns._swiglu_backward_columns_kernel",
     "swiglu_backward_rows._swiglu_backward_rows_kernel",
     "swiglu_rows._swiglu_rows_kernel",

@@ -127,7 +127,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILE = Tile(128, 64, 8)
+#: A warp holds whole blocks of columns, so their maxima need no exchange through shared memory.
+TILE = Tile(32, 128, 2)
 
 
 def _fake(

@@ -9,6 +9,8 @@ Bytes an element of a bf16 input: 2 read, 1 written, with the scales already kno
 the rows. Lane operations an element, about 8. The roofline is the copy speed.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -35,8 +37,17 @@ from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
 
-#: Columns to a tile. Of 32, 64 and 128 the fastest, or within 1 % of it, from 768 columns to 5120.
-TILE_COLUMNS = 128
+
+class Tile(NamedTuple):
+    """What a program quantises."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+#: Of 32, 64 and 128 columns the fastest, or within 1 % of it, from 768 columns to 5120.
+TILE = Tile(SEGMENT, 128, 8)
 
 
 @triton.jit
@@ -46,19 +57,16 @@ def starts_group(segments, block, group):
 
 
 @triton.jit
-def quantize_tile(
-    x, copy, scores, data, scale, column_amax, poisoned, segments, block, tile, group, columns, stride,
-    padded_rows, COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr,
+def _quantize_piece(
+    x, copy, scores, data, scale, column_amax, segments, block, nth, column, group, columns, stride,
+    padded_rows, COPIES: tl.constexpr, SCORED: tl.constexpr, POISONED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
-    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Quantise columns ``tile`` of segment block ``block``, and write them as rows."""
-    start = tl.load(segments + 3 * block + 1)
+    """Quantise some columns of the rows ``nth`` of a segment block: any, or if POISONED one block of 32."""
+    row = tl.load(segments + 3 * block + 1) + nth
     end = tl.load(segments + 3 * block + 2)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    row = start + tl.arange(0, ROWS)
     at, score = places(copy, scores, row, end, stride, COPIES, SCORED)
     here = (row < end)[:, None] & inside[None, :]
     v = tl.load(x + at[:, None] + column[None, :], mask=here, other=0)
@@ -66,16 +74,17 @@ def quantize_tile(
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
     factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     code = encode(v * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-    if tl.load(poisoned + group) != 0:
-        blocks = tl.max(tl.reshape(magnitude_bits(v), (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
-        poison = tl.broadcast_to((blocks >= INF_BITS)[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS))
-        code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
-    position = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if POISONED:
+        sick = tl.max(magnitude_bits(v), 0) >= INF_BITS
+        code = tl.where(sick[None, :], NAN, code).to(tl.uint8)
+    position = block.to(tl.int64) * SEGMENT + nth
     tl.store(
         data + column.to(tl.int64)[:, None] * padded_rows + position[None, :],
         tl.trans(code), mask=inside[:, None],
     )  # fmt: skip
-    if starts_group(segments, block, group):
+    # Every segment of a group has the same scales: the first one writes them.
+    before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
+    if (block == 0) | (before != group):
         tl.store(scale + group * columns + column, factor, mask=inside)
 
 
@@ -85,17 +94,29 @@ def _quantize_columns_kernel(
     COPIES: tl.constexpr, SCORED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    per_segment = tl.cdiv(columns, COLUMNS)
-    block = tl.program_id(0) // per_segment
+    # One program: a tile of a segment block.
+    across = tl.cdiv(columns, COLUMNS)
+    band = tl.program_id(0) // across
+    block, first = band // (SEGMENT // ROWS), band % (SEGMENT // ROWS) * ROWS
     group = tl.load(segments + 3 * block)
     if group < num_groups:
-        quantize_tile(
-            x, copy, scores, data, scale, column_amax, poisoned, segments, block,
-            tl.program_id(0) % per_segment, group, columns, stride, padded_rows, COPIES, SCORED, OUT,
-            ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
-        )  # fmt: skip
+        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        # Poisoned groups are rare and go by blocks of 32, which need fewer registers than a tile does.
+        if tl.load(poisoned + group) == 0:
+            _quantize_piece(
+                x, copy, scores, data, scale, column_amax, segments, block, first + tl.arange(0, ROWS),
+                column, group, columns, stride, padded_rows, COPIES, SCORED, False, OUT, ROWWISE, CARRY,
+                EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, SEGMENT,
+            )  # fmt: skip
+        else:
+            for i in range(first, first + ROWS, MX_BLOCK):
+                _quantize_piece(
+                    x, copy, scores, data, scale, column_amax, segments, block, i + tl.arange(0, MX_BLOCK),
+                    column, group, columns, stride, padded_rows, COPIES, SCORED, True, OUT, ROWWISE, CARRY,
+                    EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, SEGMENT,
+                )  # fmt: skip
 
 
 def _fake(
@@ -130,15 +151,15 @@ def _quantize_columns(
     x = x if x.stride(1) == 1 else x.contiguous()
     data, scale = _fake(x, copy, scores, copies, segments, column_amax, poisoned, format, dtype, rule)
     num_groups, columns = column_amax.shape
-    launch = (segments.shape[0] * triton.cdiv(columns, TILE_COLUMNS),)
+    bands, across = segments.shape[0] * (SEGMENT // TILE.rows), triton.cdiv(columns, TILE.columns)
     if data.numel():
-        _quantize_columns_kernel[launch](
+        _quantize_columns_kernel[(bands * across,)](
             x, segments if copy is None else copy, x if scores is None else scores.contiguous(),
             data.view(torch.uint8), scale, column_amax, poisoned, segments,
             num_groups, columns, x.stride(0), data.shape[1],
             COPIES=copies, SCORED=scores is not None, OUT=TRITON_DTYPES[dtype],
             **encoding(Gemm(format, dtype, rule), x.device)._asdict(),
-            ROWS=SEGMENT, COLUMNS=TILE_COLUMNS, num_warps=8,
+            SEGMENT=SEGMENT, ROWS=TILE.rows, COLUMNS=TILE.columns, num_warps=TILE.warps,
         )  # fmt: skip
     return data, scale
 

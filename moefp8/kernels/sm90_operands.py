@@ -14,7 +14,6 @@ from moefp8.kernels.high_precision import high_precision_contraction
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
-from moefp8.kernels.requantize_columns import from_codes, requantize_columns
 from moefp8.recipe import Gemm
 
 
@@ -48,10 +47,7 @@ def both_ways(
     Either may be None: the rows are then not to be read, or the columns ``()``.
     """
     by_row = quantize_rows(x, layout, along or across or Gemm(), column_amax=across is not None)
-    if across is None:
-        return by_row, ()
-    columns = requantize_columns if along and from_codes(along, across) else quantize_columns
-    return by_row, columns(x, layout, by_row, across)
+    return by_row, quantize_columns(x, layout, by_row, across) if across else ()
 
 
 def weights_both_ways(
