@@ -201,7 +201,9 @@ def equal_pieces(
         lanes, rows, warps = (512, 2, 4) if inputs == 1 else (512, 1, 2)
     elif inputs == 1:
         lanes, rows, warps = (1024, 1, 4) if columns <= 4096 else (2048, 1, 8)
-        if columns > 16384:
+        if 4096 < columns <= 5120:  # of which three pieces of 2048 would waste a sixth
+            lanes, rows, warps = 512, 2, 4
+        elif columns > 16384:
             lanes, warps = 4096, 16
     else:
         # A whole row as one piece where that wastes less than a quarter of the lanes.

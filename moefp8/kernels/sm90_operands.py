@@ -68,15 +68,20 @@ def weights_both_ways(
     return (one, other) if is_transposed(b) else (other, one)
 
 
-def exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
-    """``b`` (G, K, N) rounded to MX along ``axis``, in bfloat16, its memory order kept."""
-    if gemm.format == "none":
-        return b
+def exact_weights(b: Tensor, along_k: Gemm | None, along_n: Gemm | None) -> tuple[Tensor, Tensor]:
+    """``b`` (G, K, N) as bfloat16 products read it, rounded along K and along N, its memory order kept.
+
+    Either may be None, and is then not to be read.
+    """
+    if all(gemm is None or gemm.format == "none" for gemm in (along_k, along_n)):
+        return b, b
+    transposed = is_transposed(b)
     stored, layout = as_stored(b)
-    axis = -3 - axis if is_transposed(b) else axis
-    flat, ends = stored.flatten(0, 1), equal_groups(stored.shape[0], stored.shape[1], b.device)
-    rounded = fake_quantize(flat, ends, layout, axis, gemm).view(stored.shape)
-    return rounded.mT if is_transposed(b) else rounded
+    ends = equal_groups(stored.shape[0], stored.shape[1], b.device)
+    last, across = (along_k, along_n) if transposed else (along_n, along_k)
+    flat = exact_both_ways(stored.flatten(0, 1), ends, layout, last, across)
+    one, other = (x.view(stored.shape) for x in flat)
+    return (one.mT, other.mT) if transposed else (other, one)
 
 
 def exact_operand(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
