@@ -35,36 +35,75 @@ from moefp8.kernels._swiglu import (
     sigmoid_for,
 )
 from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.quantize_columns import Tile
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
 
 #: 128 bytes of a column of codes, and 64 of a row of bf16. Of the shapes of 2048 and 4096 elements, and of
 #: 128 x 64, the fastest by 4 to 6 % at 768, 1408 and 8192 columns.
-TILE_ROWS, TILE_COLUMNS = 128, 32
+TILE = Tile(128, 32, 8)
 
 
 @triton.jit
 def _store_columns(
-    y, data, scale, column_amax, poisoned, group, position, column, columns, padded_rows, first_of_group,
-    OUT: tl.constexpr,
+    y, data, scale, column_amax, group, position, column, columns, padded_rows, first_of_group,
+    POISONED: tl.constexpr, OUT: tl.constexpr,
     ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of values (ROWS, COLUMNS) as columns of codes, see quantize_columns.py."""
+    """Write a tile of values as columns of codes; POISONED tiles are one block, see quantize_columns.py."""
     y = widened(y, HARDWARE)
     inside = column < columns
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
     factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     code = encode(y * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
-    if tl.load(poisoned + group) != 0:
-        blocks = tl.max(tl.reshape(magnitude_bits(y), (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS)), 1)
-        poison = tl.broadcast_to((blocks >= INF_BITS)[:, None, :], (ROWS // MX_BLOCK, MX_BLOCK, COLUMNS))
-        code = tl.where(tl.reshape(poison, (ROWS, COLUMNS)), NAN, code).to(tl.uint8)
+    if POISONED:
+        sick = tl.max(magnitude_bits(y), 0) >= INF_BITS
+        code = tl.where(sick[None, :], NAN, code).to(tl.uint8)
     at = column.to(tl.int64)[:, None] * padded_rows + position[None, :]
     tl.store(data + at, tl.trans(code), mask=inside[:, None])
     if first_of_group:
         tl.store(scale + group * columns + column, factor, mask=inside)
+
+
+@triton.jit
+def _quantize_piece(
+    gate, up, cotangent, sigmoid, gate_data, gate_scale, up_data, up_scale, hidden_data, hidden_scale,
+    gate_amax, up_amax, hidden_amax, segments, block, nth, column, group, columns, padded_rows,
+    POISONED: tl.constexpr, OUT: tl.constexpr,
+    ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Quantise some columns of the rows ``nth`` of a segment block: any, or if POISONED one block of 32."""
+    row = tl.load(segments + 3 * block + 1) + nth
+    end = tl.load(segments + 3 * block + 2)
+    position = block.to(tl.int64) * SEGMENT + nth
+    here = (row < end)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    dtype: tl.constexpr = gate.dtype.element_ty
+    g = load_wide(gate, at, here, HARDWARE)
+    u = load_wide(up, at, here, HARDWARE)
+    c = load_wide(cotangent, at, here, HARDWARE)
+    s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
+    if tl.min(tl.min(g, 1), 0) < STEEP:
+        s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)
+    # Every segment of a group has the same scales: the first one writes them.
+    first = (block == 0) | (tl.load(segments + 3 * tl.maximum(block - 1, 0)) != group)
+    _store_columns(
+        d_gate_of(g, u, c, s, dtype, HARDWARE), gate_data, gate_scale, gate_amax,
+        group, position, column, columns, padded_rows, first,
+        POISONED, OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
+    )  # fmt: skip
+    _store_columns(
+        d_up_of(g, c, s, dtype, HARDWARE), up_data, up_scale, up_amax,
+        group, position, column, columns, padded_rows, first,
+        POISONED, OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
+    )  # fmt: skip
+    _store_columns(
+        hidden_of(g, u, s, dtype, HARDWARE), hidden_data, hidden_scale, hidden_amax,
+        group, position, column, columns, padded_rows, first,
+        POISONED, OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -77,43 +116,30 @@ def _swiglu_backward_columns_kernel(
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    # One program: a tile of a segment block.
     across = tl.cdiv(columns, COLUMNS)
-    tile = tl.program_id(0) // across
-    block = tile // (SEGMENT // ROWS)
+    band = tl.program_id(0) // across
+    block, first = band // (SEGMENT // ROWS), band % (SEGMENT // ROWS) * ROWS
     group = tl.load(segments + 3 * block)
     if group < num_groups:
-        nth = tile % (SEGMENT // ROWS) * ROWS + tl.arange(0, ROWS)
-        row = tl.load(segments + 3 * block + 1) + nth
-        position = block.to(tl.int64) * SEGMENT + nth
-        end = tl.load(segments + 3 * block + 2)
         column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-        here = (row < end)[:, None] & (column < columns)[None, :]
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        dtype: tl.constexpr = gate.dtype.element_ty
-        g = load_wide(gate, at, here, HARDWARE)
-        u = load_wide(up, at, here, HARDWARE)
-        c = load_wide(cotangent, at, here, HARDWARE)
-        s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
-        if tl.min(tl.min(g, 1), 0) < STEEP:
-            s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)
-        # Every segment of a group has the same scales: the first one writes them.
-        before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
-        first = (tile == 0) | ((tile % (SEGMENT // ROWS) == 0) & (before != group))
-        _store_columns(
-            d_gate_of(g, u, c, s, dtype, HARDWARE), gate_data, gate_scale, gate_amax, gate_poisoned,
-            group, position, column, columns, padded_rows, first,
-            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
-        )  # fmt: skip
-        _store_columns(
-            d_up_of(g, c, s, dtype, HARDWARE), up_data, up_scale, up_amax, up_poisoned,
-            group, position, column, columns, padded_rows, first,
-            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
-        )  # fmt: skip
-        _store_columns(
-            hidden_of(g, u, s, dtype, HARDWARE), hidden_data, hidden_scale, hidden_amax, hidden_poisoned,
-            group, position, column, columns, padded_rows, first,
-            OUT, ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, ROWS, COLUMNS,
-        )  # fmt: skip
+        poison = tl.load(gate_poisoned + group) | tl.load(up_poisoned + group)
+        # Poisoned groups are rare and go by blocks of 32, which need fewer registers than a tile does.
+        if (poison | tl.load(hidden_poisoned + group)) == 0:
+            _quantize_piece(
+                gate, up, cotangent, sigmoid, gate_data, gate_scale, up_data, up_scale, hidden_data,
+                hidden_scale, gate_amax, up_amax, hidden_amax, segments, block, first + tl.arange(0, ROWS),
+                column, group, columns, padded_rows, False, OUT,
+                ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, SEGMENT,
+            )  # fmt: skip
+        else:
+            for i in range(first, first + ROWS, MX_BLOCK):
+                _quantize_piece(
+                    gate, up, cotangent, sigmoid, gate_data, gate_scale, up_data, up_scale, hidden_data,
+                    hidden_scale, gate_amax, up_amax, hidden_amax, segments, block,
+                    i + tl.arange(0, MX_BLOCK), column, group, columns, padded_rows, True, OUT,
+                    ROWWISE, CARRY, EMAX, MAX, MANTISSA, MIN_EXPONENT, HARDWARE, SEGMENT,
+                )  # fmt: skip
 
 
 def _fake(
@@ -138,14 +164,15 @@ def _swiglu_backward_columns(
     maxima = (gate_amax, gate_poisoned, up_amax, up_poisoned, hidden_amax, hidden_poisoned)
     outs = _fake(gate, up, cotangent, segments, *maxima, format, dtype, rule)
     num_groups, columns = gate_amax.shape
-    launch = (segments.shape[0] * (SEGMENT // TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS),)
+    bands, across = segments.shape[0] * (SEGMENT // TILE.rows), triton.cdiv(columns, TILE.columns)
     if outs[0].numel():
-        _swiglu_backward_columns_kernel[launch](
+        _swiglu_backward_columns_kernel[(bands * across,)](
             gate, up, cotangent, sigmoid_for(gate),
             *(x.view(torch.uint8) if x.itemsize == 1 else x for x in outs), *maxima,
             segments, num_groups, columns, outs[0].shape[1],
             OUT=TRITON_DTYPES[dtype], **encoding(Gemm(format, dtype, rule), gate.device)._asdict(),
-            SEGMENT=SEGMENT, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8, enable_fp_fusion=False,
+            SEGMENT=SEGMENT, ROWS=TILE.rows, COLUMNS=TILE.columns, num_warps=TILE.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return outs
 
