@@ -207,7 +207,8 @@ def launch_everything(capability):
         products(sm100.IMPLEMENTATION, MXFP8, bias=True)
         products(sm100.IMPLEMENTATION, MXFP8, out_dtype=torch.float32)
         products(sm100.IMPLEMENTATION, FP8_ROWWISE)
-        fake_quantize(rows, offs, layout, -1, MXFP8_EXACT.fwd)
+        for span in (32, 64):
+            fake_quantize(rows, offs, layout, -1, MXFP8_EXACT.fwd._replace(group=span))
         high_precision_rows(rows, torch.empty(8, 160, 64, dtype=torch.bfloat16), offs)
     products(sm90.IMPLEMENTATION, BF16, bias=True)
     swizzle_rows(rows.to(torch.uint8), layout)

@@ -196,7 +196,7 @@ def equal_pieces(
     """
     padded = max(triton.next_power_of_2(columns), BLOCK)
     if columns <= 1024:
-        lanes, rows, warps = (256, 2, 2) if inputs == 1 else (256, 4, 4)
+        lanes, rows, warps = 256, 2, 2
     elif columns <= 1536:
         lanes, rows, warps = (512, 2, 4) if inputs == 1 else (512, 1, 2)
     elif inputs == 1:
@@ -211,7 +211,7 @@ def equal_pieces(
         lanes = min(lanes, 8192 if inputs == 2 else 4096)
         rows, warps = 1, min(lanes // 256, 16)
     lanes = min(padded, lanes)
-    band = 128 if bands_of_64 >= 1024 and (inputs != 2 or columns <= 1024) else 64
+    band = 128 if bands_of_64 >= 1024 and inputs != 2 else 64
     if device.type != "cuda":  # the interpreter pays by the operation, however long
         rows = 32
     return EqualPieces(triton.cdiv(columns, lanes), lanes, rows, band, warps, padded)

@@ -42,12 +42,12 @@ from moefp8.recipe import Recipe
 
 
 def _for_forward(
-    w: Tensor, recipe: Recipe, prepared: Sequence[Tensor]
+    w: Tensor, recipe: Recipe, prepared: Sequence[Tensor], plans: dict[tuple[int, int], Plan]
 ) -> tuple[Weights, tuple[Tensor, ...]]:
     """``w`` (G, N, K) quantised along K, and what :func:`_for_backward` makes the copy along N of."""
     if prepared:
         return Weights(*prepared[:2]), (prepared[2], prepared[3])
-    stored, layout = as_stored(w.mT)
+    stored, layout = as_stored(w.mT, plans)
     rows = stored.flatten(0, 1)
     if is_transposed(w.mT):
         by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
@@ -59,11 +59,13 @@ def _for_forward(
     return along_k, (by_row.data, by_row.scale.view(stored.shape[:2]))
 
 
-def _for_backward(w: Tensor, kept: Sequence[Tensor], recipe: Recipe) -> Weights:
+def _for_backward(
+    w: Tensor, kept: Sequence[Tensor], recipe: Recipe, plans: dict[tuple[int, int], Plan]
+) -> Weights:
     """``w`` (G, N, K) quantised along N."""
     if kept[0].dtype != torch.int32:
         return Weights(*kept)
-    stored, layout = as_stored(w.mT)
+    stored, layout = as_stored(w.mT, plans)
     maxima = _maxima(kept)
     return Weights(*quantize_columns(stored.flatten(0, 1), layout, maxima, recipe.dgrad))
 
@@ -101,8 +103,9 @@ def fuse(composed: Composed) -> Composed:
             return composed.forward(x, weights, biases, offs, recipe, prepared)
         layout, dtype = plan(offs, x.shape[0], tile_rows(offs.device)), x.data.dtype
         copies = prepared or ((), (), ())
+        plans: dict[tuple[int, int], Plan] = {}
         (w1, kept1), (w2, kept2), (w3, kept3) = (
-            _for_forward(w, recipe, copy) for w, copy in zip(weights, copies, strict=True)
+            _for_forward(w, recipe, copy, plans) for w, copy in zip(weights, copies, strict=True)
         )
 
         def product(a: RowQuantized, w: Weights, bias: Tensor | None) -> Tensor:
@@ -133,12 +136,14 @@ def fuse(composed: Composed) -> Composed:
         if not _served(recipe):
             return composed.backward(kept, x, weights, biases, offs, g, recipe, needed)
         (_, dgrad, wgrad), dtype = recipe, x.data.dtype
+        plans: dict[tuple[int, int], Plan] = {}
         gate, up = kept[:2]
         layout, x_kept, hidden_maxima = Plan(*kept[2:6]), kept[6:8], _maxima(kept[8:10])
         x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed, scores_needed = needed
 
         def factors(rows: RowQuantized, i: int) -> tuple[Tensor, Tensor, Weights]:
-            return rows.data, rows.scale, _for_backward(weights[i], kept[10 + 2 * i : 12 + 2 * i], recipe)
+            own = kept[10 + 2 * i : 12 + 2 * i]
+            return rows.data, rows.scale, _for_backward(weights[i], own, recipe, plans)
 
         def input_gradient(d_gate: RowQuantized, d_up: RowQuantized) -> tuple[Tensor, Tensor | None]:
             products = factors(d_gate, 0), factors(d_up, 2)

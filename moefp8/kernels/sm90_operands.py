@@ -32,11 +32,18 @@ def is_transposed(x: Tensor) -> bool:
     return x.stride(-2) == 1 and x.stride(-1) != 1
 
 
-def as_stored(b: Tensor) -> tuple[Tensor, Plan]:
-    """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows."""
+def as_stored(b: Tensor, plans: dict[tuple[int, int], Plan] | None = None) -> tuple[Tensor, Plan]:
+    """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows.
+
+    ``plans`` holds the plans of matrices of other shapes, by groups and rows, and this one from now on.
+    """
     stored = (b.mT if is_transposed(b) else b).contiguous()
     num_groups, rows, _ = stored.shape
-    return stored, plan(equal_groups(num_groups, rows, b.device), num_groups * rows, SEGMENT)
+    plans = {} if plans is None else plans
+    if (num_groups, rows) not in plans:
+        ends = equal_groups(num_groups, rows, b.device)
+        plans[num_groups, rows] = plan(ends, num_groups * rows, SEGMENT)
+    return stored, plans[num_groups, rows]
 
 
 def both_ways(
