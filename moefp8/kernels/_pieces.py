@@ -190,7 +190,7 @@ def equal_pieces(
 ) -> EqualPieces:
     """For rows of ``columns``, in a kernel that reads ``inputs`` tensors: 1, or 2 and 3 around SwiGLU.
 
-    The fastest on an H100 among four to six at each of 768, 1408, 2048, 5120, 7168 and 8192 columns (the
+    The fastest on an H100 among four to ten at each of 768, 1408, 2048, 5120, 7168 and 8192 columns (the
     first two, 2048 and 8192 for SwiGLU; docs/benchmarks.md). Large inputs take bands of 128, which halve
     what maxima cost to write, where that leaves the card warps enough.
     """
@@ -211,7 +211,7 @@ def equal_pieces(
         lanes = min(lanes, 8192 if inputs == 2 else 4096)
         rows, warps = 1, min(lanes // 256, 16)
     lanes = min(padded, lanes)
-    band = 128 if bands_of_64 >= 1024 and inputs != 2 else 64
+    band = 128 if bands_of_64 >= 1024 and (inputs != 2 or columns > 4096) else 64
     if device.type != "cuda":  # the interpreter pays by the operation, however long
         rows = 32
     return EqualPieces(triton.cdiv(columns, lanes), lanes, rows, band, warps, padded)
