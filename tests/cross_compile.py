@@ -187,6 +187,7 @@ def launch_everything(capability):
     from moefp8.kernels.high_precision import high_precision_rows
     from moefp8.kernels.plan import plan
     from moefp8.kernels.quantize_blocks import quantize_blocks
+    from moefp8.kernels.quantize_rows import quantize_rows
     from moefp8.kernels.swizzle import swizzle_rows
 
     rows, offs = torch.empty(4096, 160, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
@@ -201,6 +202,7 @@ def launch_everything(capability):
         products(sm90.IMPLEMENTATION, MXFP8._replace(fwd=unpromoted, wgrad=wide))
         products(sm90.IMPLEMENTATION, MXFP8_EXACT)
         quantize_blocks(rows, layout, MXFP8.fwd, MXFP8.fwd)
+        quantize_rows(torch.empty(4096, 5120), layout, MXFP8.fwd, column_amax=True)
         feed_forward(sm90.IMPLEMENTATION, MXFP8)
         gemm.HOPPER_UNAVAILABLE = "for this test"  # from here on the portable kernel
     else:

@@ -30,6 +30,8 @@ FORMATS = {
     "row": Gemm(format="row"),
 }
 
+#: Groups of several segments, each of several bands.
+LONG = Layout("long", (1, 300, 0, 131), 5)
 ODD_LAYOUTS = [
     x for x in LAYOUTS if x.name in ("unaligned", "single row", "empty groups", "no rows", "tail")
 ]
@@ -79,18 +81,22 @@ def test_plan(layout, tile, device):
         assert torch.equal(x, y), name
 
 
-def test_a_plan_never_points_past_the_rows(device):
+@pytest.mark.parametrize("ends", [(500, 30, 900), (-5, 30, -7)])
+def test_a_plan_never_points_past_the_rows(ends, device):
     """Ends that lie, as those of a corrupted ``offs``, lead no kernel out of bounds."""
-    got = plans.plan(torch.tensor([500, 30, 900], dtype=torch.int32, device=device), 64, 128)
-    assert int(got.tiles[:, 1:].max()) <= 64
-    assert int(got.segments[:, 1:].max()) <= 64
+    got = plans.plan(torch.tensor(ends, dtype=torch.int32, device=device), 64, 128)
+    for table in (got.tiles, got.segments):
+        assert int(table[:, 1:].min()) >= 0
+        assert int(table[:, 1:].max()) <= 64
     assert int(got.ends.max()) <= 128 * got.segments.shape[0]
     assert sorted(got.order.tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("layout", "gemm_format", "poison"),
-    [(x, "mx", 5) for x in ODD_LAYOUTS] + [(ODD_LAYOUTS[0], f, p) for f in FORMATS for p in (0, 5)],
+    [(x, "mx", 5) for x in ODD_LAYOUTS]
+    + [(LONG, f, 5) for f in ("mx", "row")]
+    + [(ODD_LAYOUTS[0], f, p) for f in FORMATS for p in (0, 5)],
     ids=str,
 )
 def test_quantisers(layout, gemm_format, poison, device):
@@ -173,10 +179,10 @@ def test_strided_rows(device):
         (ODD_LAYOUTS[0], "floor", 32),
         (ODD_LAYOUTS[0], "e5m2", 64),
         *((x, "mx", group) for x in ODD_LAYOUTS for group in (64, 96)),
-        (Layout("long", (1, 300, 0, 131), 5), "mx", 128),
-        (Layout("long", (1, 300, 0, 131), 5), "mx", 160),
-        (Layout("long", (1, 300, 0, 131), 5), "mx", 256),
-        (Layout("long", (1, 300, 0, 131), 5), "mx", 2**30),
+        (LONG, "mx", 128),
+        (LONG, "mx", 160),
+        (LONG, "mx", 256),
+        (LONG, "mx", 2**30),
     ],
     ids=str,
 )
@@ -191,15 +197,33 @@ def test_fake_quantize(layout, gemm_format, group, axis, device):
     same_bits(got[:used], fake_quantize.reference(x, offs, axis, twin)[:used])
 
 
-@pytest.mark.parametrize(("along", "across"), [("mx", "mx"), ("mx", "floor")])
-def test_fake_quantize_both_ways(along, across, device):
-    """One pass, or two where the copies are rounded differently."""
-    layout, along, across = ODD_LAYOUTS[0], FORMATS[along], FORMATS[across]
-    offs, x = layout.offs(device), draw((layout.rows, 144), device, poison=3)
+@pytest.mark.parametrize(
+    ("layout", "along", "across", "dtype"),
+    [
+        *((x, "mx", "mx", torch.bfloat16) for x in ODD_LAYOUTS),
+        (LONG, "e5m2", "e5m2", torch.float16),
+        (ODD_LAYOUTS[0], "mx", "floor", torch.float32),
+    ],
+    ids=str,
+)
+def test_fake_quantize_both_ways(layout, along, across, dtype, device):
+    """One pass, or two where the copies are rounded differently; of a slice of a wider matrix."""
+    along, across, offs = FORMATS[along], FORMATS[across], layout.offs(device)
+    x = draw((layout.rows, 208), device, dtype=dtype, poison=3)[:, 48:192]
     got = fake_quantize_blocks.fake_quantize_blocks(x, plans.plan(offs, layout.rows, 128), along, across)
     used = int(offs[-1])
     for copy, axis, how in zip(got, (-1, -2), (along, across), strict=True):
         same_bits(copy[:used], fake_quantize.reference(x, offs, axis, how._replace(group=32))[:used])
+
+
+@pytest.mark.parametrize("span", [32, 64, 256])
+def test_fake_quantize_keeps_subnormal_numbers(span, device):
+    x = torch.full((32, 256), 2.0**-130, dtype=torch.bfloat16, device=device)
+    offs = torch.tensor([32], dtype=torch.int32, device=device)
+    gemm = Gemm(group=span)
+    got = fake_quantize.fake_quantize(x, offs, plans.plan(offs, 32, 128), -1, gemm)
+    assert (got != 0).all()
+    same_bits(got, fake_quantize.reference(x, offs, -1, gemm))
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 10)])
@@ -382,3 +406,59 @@ def test_the_gradient_of_a_weight_lies_as_the_weight_does(recipe, transposed, de
     out = scaled_grouped_mm(a, b, offs, recipe=RECIPES[recipe], implementation="triton")
     (gradient,) = torch.autograd.grad(out.float().sum(), b)
     assert gradient.stride() == b.stride()
+
+
+BLOCKS, SUPERBLOCKS, ROWWISE, NONE = Gemm(group=32), Gemm(group=64), Gemm(format="row"), Gemm("none")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(BLOCKS, Gemm(), Gemm()),
+        Recipe(BLOCKS, NONE, BLOCKS),
+        Recipe(Gemm(), BLOCKS, NONE),
+        Recipe(Gemm(), SUPERBLOCKS, BLOCKS),
+        Recipe(NONE, Gemm(), SUPERBLOCKS),
+        Recipe(NONE, BLOCKS, ROWWISE),
+        Recipe(SUPERBLOCKS, ROWWISE, NONE),
+        Recipe(ROWWISE, NONE, Gemm()),
+    ],
+    ids=lambda recipe: "-".join(f"{gemm.format}{gemm.group or ''}" for gemm in recipe),
+)
+def test_each_product_is_computed_as_its_own_field_says(recipe, device):
+    """Bit for bit as under the recipe that computes all three so."""
+
+    def products(recipe):
+        a = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+        w = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+        a, b = a.requires_grad_(), w.mT.requires_grad_()
+        offs = torch.tensor([16, 40], dtype=torch.int32, device=device)
+        out = scaled_grouped_mm(a, b, offs, recipe=recipe, implementation="triton")
+        return out, *torch.autograd.grad(out.float().square().sum(), (a, b), torch.ones((), device=device))
+
+    for i, own in enumerate(recipe):
+        # Gradients depend on the product through its cotangent: the forward is the same.
+        alone = Recipe(*(own if j == i or j > 0 else recipe.fwd for j in range(3)))
+        assert torch.equal(products(recipe)[i], products(alone)[i])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ends_need_not_be_contiguous(recipe, device):
+    a = torch.randn(40, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(2, 48, 32, device=device, dtype=torch.bfloat16).mT.requires_grad_()
+    strided = torch.tensor([[16, 8], [40, 24]], dtype=torch.int32, device=device)[:, 0]
+
+    def products(offs):
+        out = scaled_grouped_mm(a, b, offs, recipe=RECIPES[recipe], implementation="triton")
+        return out, *torch.autograd.grad(out.float().sum(), (a, b))
+
+    for got, want in zip(products(strided), products(strided.contiguous()), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_no_tail_lies_before_the_first_row(device):
+    """A last end below zero, which only a corrupted ``offs`` has."""
+    room = torch.ones(64, 32, device=device, dtype=torch.bfloat16)
+    high_precision.zero_tail(room[32:], torch.tensor([-16], dtype=torch.int32, device=device))
+    assert (room[:32] == 1).all()
+    assert (room[32:] == 0).all()

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from specs import LAYOUTS
-from test_kernels import DEVICES, FORMATS, ODD_LAYOUTS, draw, same_bits
+from test_kernels import DEVICES, FORMATS, LONG, ODD_LAYOUTS, draw, same_bits
 
 from moefp8.kernels import (
     REGISTRY,
@@ -187,6 +187,7 @@ CASES = [  # (layout, format, dtype, poison, steep)
     ("empty groups", "e5m2", torch.float16, 0, True),
     ("single row", "floor", torch.float32, 0, False),
     ("no rows", "mx", torch.bfloat16, 0, False),
+    ("long", "mx", torch.bfloat16, 3, False),
 ]
 EVERY_CASE = [
     (x.name, name, torch.bfloat16, poison, poison > 0)
@@ -202,7 +203,7 @@ EVERY_CASE = [
     + [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in CASES + EVERY_CASE],
 )
 def test_swiglu_kernels(device, layout, gemm_format, dtype, poison, steep):
-    layout = next(x for x in LAYOUTS if x.name == layout)
+    layout = next(x for x in (*LAYOUTS, LONG) if x.name == layout)
     tensors = operands(layout.rows, 80, device, dtype=dtype, poison=poison, steep=steep)
     check_all(*tensors, layout.offs(device), FORMATS[gemm_format])
 

@@ -185,15 +185,14 @@ class EqualPieces(NamedTuple):
         return min(max(self.padded // 512, 4), 16)
 
 
-def equal_pieces(
-    columns: int, device: torch.device, bands_of_64: int = 0, *, inputs: int = 1
-) -> EqualPieces:
-    """For rows of ``columns``, in a kernel that reads ``inputs`` tensors: 1, or 2 and 3 around SwiGLU.
+def equal_pieces(x: torch.Tensor, bands_of_64: int = 0, *, inputs: int = 1) -> EqualPieces:
+    """For rows like those of ``x``, in a kernel that reads ``inputs`` of them: 1, or 2 and 3 around SwiGLU.
 
     The fastest on an H100 among four to ten at each of 768, 1408, 2048, 5120, 7168 and 8192 columns (the
     first two, 2048 and 8192 for SwiGLU; docs/benchmarks.md). Large inputs take bands of 128, which halve
     what maxima cost to write, where that leaves the card warps enough.
     """
+    columns = x.shape[1]
     padded = max(triton.next_power_of_2(columns), BLOCK)
     if columns <= 1024:
         lanes, rows, warps = 256, 2, 2
@@ -201,7 +200,8 @@ def equal_pieces(
         lanes, rows, warps = (512, 2, 4) if inputs == 1 else (512, 1, 2)
     elif inputs == 1:
         lanes, rows, warps = (1024, 1, 4) if columns <= 4096 else (2048, 1, 8)
-        if 4096 < columns <= 5120:  # of which three pieces of 2048 would waste a sixth
+        # Three pieces of 2048 would waste a sixth of the lanes. Two rows of float32 do not fit.
+        if 4096 < columns <= 5120 and x.itemsize == 2:
             lanes, rows, warps = 512, 2, 4
         elif columns > 16384:
             lanes, warps = 4096, 16
@@ -212,6 +212,6 @@ def equal_pieces(
         rows, warps = 1, min(lanes // 256, 16)
     lanes = min(padded, lanes)
     band = 128 if bands_of_64 >= 1024 and (inputs != 2 or columns > 4096) else 64
-    if device.type != "cuda":  # the interpreter pays by the operation, however long
+    if x.device.type != "cuda":  # the interpreter pays by the operation, however long
         rows = 32
     return EqualPieces(triton.cdiv(columns, lanes), lanes, rows, band, warps, padded)

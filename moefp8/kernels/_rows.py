@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moefp8.kernels._round import rounded
+from moefp8.kernels._round import rounded, widened
 
 
 @triton.jit
@@ -25,5 +25,5 @@ def places(copy, scores, row, end, stride, COPIES: tl.constexpr, SCORED: tl.cons
 @triton.jit
 def scored(v, score, dtype: tl.constexpr, SCORED: tl.constexpr, HARDWARE: tl.constexpr):
     """``v`` in float32, times ``score`` and rounded to ``dtype``."""
-    v = v.to(tl.float32)
+    v = v.to(tl.float32) if HARDWARE else widened(v, HARDWARE)
     return rounded(v * score, dtype, HARDWARE) if SCORED else v

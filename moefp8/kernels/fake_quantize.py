@@ -17,7 +17,8 @@ from moefp8._quantize import dequantize, quantize
 from moefp8.formats import BLOCK
 from moefp8.groups import segments as segments_of
 from moefp8.kernels._fp8 import INF_BITS, MX_BLOCK, TRITON_DTYPES, encoding, scale_of
-from moefp8.kernels.fake_quantize_blocks import block_amax, fake_quantize_blocks, rounded, spread
+from moefp8.kernels._round import widened
+from moefp8.kernels.fake_quantize_blocks import block_amax, fake_quantize_blocks, fake_quantized, spread
 from moefp8.kernels.plan import SEGMENT, Plan, plan
 from moefp8.recipe import Gemm
 
@@ -26,7 +27,7 @@ from moefp8.recipe import Gemm
 def _span_amax(
     blocks, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr
 ):
-    """The same of each span of a tile, poisoned blocks left out."""
+    """Bits of the largest magnitude of each span of a tile, given its blocks'; poisoned ones left out."""
     amax = tl.where(blocks < INF_BITS, blocks, 0)
     if SPAN > MX_BLOCK:
         if ALONG_ROWS:
@@ -63,7 +64,7 @@ def _fake_quantize_kernel(
                 column = left + i * right + tl.arange(0, COLUMNS)
                 here = (row < end)[:, None] & (column < columns)[None, :]
                 at = row.to(tl.int64)[:, None] * stride + column[None, :]
-                v = tl.load(x + at, mask=here, other=0).to(tl.float32)
+                v = widened(tl.load(x + at, mask=here, other=0), HARDWARE)
                 mine = _span_amax(block_amax(v, ALONG_ROWS, ROWS, COLUMNS), ALONG_ROWS, ROWS, COLUMNS, SPAN)
                 amax = tl.maximum(amax, mine)
         for i in range(pieces):
@@ -71,12 +72,12 @@ def _fake_quantize_kernel(
             column = left + i * right + tl.arange(0, COLUMNS)
             here = (row < end)[:, None] & (column < columns)[None, :]
             at = row.to(tl.int64)[:, None]
-            v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
+            v = widened(tl.load(x + at * stride + column[None, :], mask=here, other=0), HARDWARE)
             by_block = block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
             if PIECES == 1:
                 amax = _span_amax(by_block, ALONG_ROWS, ROWS, COLUMNS, SPAN)
             factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
-            value = rounded(
+            value = fake_quantized(
                 v, spread(inverse, ALONG_ROWS, ROWS, COLUMNS, SPAN),
                 spread(factor, ALONG_ROWS, ROWS, COLUMNS, SPAN),
                 spread(by_block >= INF_BITS, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),

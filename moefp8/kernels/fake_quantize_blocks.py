@@ -14,8 +14,6 @@ Lane operations an element and copy, about 9: magnitude, maximum, multiply, half
 two back, multiply, a selection for poisoned blocks, half a conversion. The roofline is the copy speed.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -32,8 +30,8 @@ from moefp8.kernels._fp8 import (
     magnitude_bits,
     scale_of,
 )
-from moefp8.kernels._round import narrowed
-from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels._round import narrowed, widened
+from moefp8.kernels.plan import SEGMENT, Plan, Tile
 from moefp8.recipe import Gemm
 
 
@@ -59,7 +57,7 @@ def spread(v, ALONG_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def rounded(
+def fake_quantized(
     v, inverse, factor, sick, OUT: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +77,7 @@ def _rounded_blocks(
 ):  # fmt: skip
     amax = block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
     factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)  # of a poisoned block never used
-    return rounded(
+    return fake_quantized(
         v, spread(inverse, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),
         spread(factor, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),
         spread(amax >= INF_BITS, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),
@@ -105,7 +103,7 @@ def _fake_quantize_blocks_kernel(
         column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
         here = (row < end)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None]
-        v = tl.load(x + at * stride + column[None, :], mask=here, other=0).to(tl.float32)
+        v = widened(tl.load(x + at * stride + column[None, :], mask=here, other=0), HARDWARE)
         to = at * columns + column[None, :]
         if BY_ROW:
             value = _rounded_blocks(
@@ -119,15 +117,8 @@ def _fake_quantize_blocks_kernel(
             tl.store(along_rows + to, value, mask=here)
 
 
-class Tile(NamedTuple):
-    """What a program rounds."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-#: A warp holds whole blocks of columns, so their maxima need no exchange through shared memory.
+#: Of fourteen the fastest on an H100. Low tiles win along the rows, whose maxima warps exchange: 32 rows
+#: reach 99 % of the copy speed, 128 on 8 warps 48 %.
 TILE = Tile(32, 128, 2)
 
 

@@ -20,7 +20,7 @@ _TAIL_ROWS = 16
 @triton.jit
 def _zero_tail_kernel(out, offs, num_groups, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     # Mostly there is no tail: as few programs as fill the card, each of which finds that out by one load.
-    end = tl.load(offs + num_groups - 1)
+    end = tl.maximum(tl.load(offs + num_groups - 1), 0)
     for first in range(end + tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         for left in range(0, columns, COLUMNS):
@@ -28,6 +28,13 @@ def _zero_tail_kernel(out, offs, num_groups, rows, columns, ROWS: tl.constexpr, 
             at = row.to(tl.int64)[:, None] * columns + column[None, :]
             tail = (row < rows)[:, None] & (column < columns)[None, :]
             tl.store(out + at, tl.zeros((ROWS, COLUMNS), out.dtype.element_ty), mask=tail)
+
+
+def zero_tail(out: Tensor, offs: Tensor) -> None:
+    """Fill the rows of ``out`` (M, N) past the last group with zeros."""
+    rows, columns = out.shape
+    grid = (min(triton.cdiv(rows, _TAIL_ROWS), 512),)
+    _zero_tail_kernel[grid](out, offs, offs.shape[0], rows, columns, ROWS=_TAIL_ROWS, COLUMNS=256)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -45,10 +52,9 @@ def high_precision_rows(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return _fake_rows(a, b, offs).zero_()
     # Torch wants groups in multiples of 16 bytes where they run along contiguous memory: let them not.
+    offs = offs.contiguous()
     out = torch._grouped_mm(a.contiguous(), _aligned(b), offs)
-    rows, columns = out.shape
-    grid = (min(triton.cdiv(rows, _TAIL_ROWS), 512),)
-    _zero_tail_kernel[grid](out, offs, offs.shape[0], rows, columns, ROWS=_TAIL_ROWS, COLUMNS=256)
+    zero_tail(out, offs)
     return out
 
 
@@ -102,4 +108,4 @@ def high_precision_contraction(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return _fake_contraction(a, b, offs).zero_()
     # Groups not along contiguous memory, as in the rows form.
-    return torch._grouped_mm(a.mT.contiguous().mT, b.contiguous(), offs)
+    return torch._grouped_mm(a.mT.contiguous().mT, b.contiguous(), offs.contiguous())

@@ -22,6 +22,14 @@ from moefp8.groups import group_ids
 SEGMENT = 128
 
 
+class Tile(NamedTuple):
+    """What a program of a quantiser takes: rows of a segment, and columns."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
 class Plan(NamedTuple):
     """The blocks of rows that kernels walk over.
 
@@ -57,10 +65,11 @@ def segment_bound(rows: int, num_groups: int) -> int:
 def _extents(offs, group, rows, num_groups):
     """First and end row of each ``group``, of which the tail is one more, that ends at the last row.
 
-    Nothing reads past it, whatever ``offs`` holds.
+    Nothing reads before the first row or past that, whatever ``offs`` holds.
     """
-    end = tl.minimum(tl.load(offs + group, mask=group < num_groups, other=rows), rows)
-    start = tl.minimum(tl.load(offs + group - 1, mask=(group > 0) & (group <= num_groups), other=0), rows)
+    end = tl.load(offs + group, mask=group < num_groups, other=rows)
+    start = tl.load(offs + group - 1, mask=(group > 0) & (group <= num_groups), other=0)
+    start, end = tl.maximum(tl.minimum(start, rows), 0), tl.maximum(tl.minimum(end, rows), 0)
     return tl.where(group > num_groups, rows, start), end
 
 

@@ -9,8 +9,6 @@ Bytes an element of a bf16 input: 2 read, 1 written, with the scales already kno
 the rows. Lane operations an element, about 8. The roofline is the copy speed.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -32,18 +30,10 @@ from moefp8.kernels._fp8 import (
 )
 from moefp8.kernels._rows import places, scored
 from moefp8.kernels.gathered import Gathered
-from moefp8.kernels.plan import SEGMENT, Plan
+from moefp8.kernels.plan import SEGMENT, Plan, Tile
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
-
-
-class Tile(NamedTuple):
-    """What a program quantises."""
-
-    rows: int
-    columns: int
-    warps: int
 
 
 def _tile(format: str) -> Tile:
@@ -83,9 +73,7 @@ def _quantize_piece(
         data + column.to(tl.int64)[:, None] * padded_rows + position[None, :],
         tl.trans(code), mask=inside[:, None],
     )  # fmt: skip
-    # Every segment of a group has the same scales: the first one writes them.
-    before = tl.load(segments + 3 * tl.maximum(block - 1, 0))
-    if (block == 0) | (before != group):
+    if starts_group(segments, block, group):
         tl.store(scale + group * columns + column, factor, mask=inside)
 
 

@@ -187,7 +187,7 @@ def _quantize_rows(
     if data.numel() == 0:
         return data, scale, amax.zero_(), poisoned.zero_()
     columns, num_groups = x.shape[1], ends.shape[0]
-    how = equal_pieces(columns, x.device, 2 * segments.shape[0] if column_amax else 0)
+    how = equal_pieces(x, 2 * segments.shape[0] if column_amax else 0)
     bands = segments.shape[0] * (SEGMENT // how.band)
     band_amax, band_poisoned = empty_bands(x, segments, how.band, column_amax)
     arguments = (

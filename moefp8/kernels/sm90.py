@@ -8,7 +8,8 @@ What each quantised tensor is made from, and read by::
 
 Scales span the whole contraction. For format "mx" they are powers of two, so what stays a normal FP8
 number under them has the value that 32-element blocks would give it (``docs/numerics.md``). Shorter spans,
-exact blocks or superblocks, are rounded by ``fake_quantize`` and multiplied in bfloat16.
+exact blocks or superblocks, are rounded by ``fake_quantize`` (``fake_quantize_blocks``) and multiplied in
+bfloat16.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,6 @@ from moefp8.kernels.sm90_operands import (
     exact_both_ways,
     exact_operand,
     exact_weights,
-    in_blocks,
     in_fp8,
     weights_both_ways,
 )
@@ -114,16 +114,12 @@ def rows_forward(
         by_row = RowQuantized(a.data, decode_scale(a.scale).squeeze(-1), none, none)
     elif in_fp8(fwd) or in_fp8(wgrad):
         by_row = quantize_rows(a, layout, fwd if in_fp8(fwd) else wgrad, column_amax=in_fp8(wgrad))
-    kept = along_n or Weights(none, none)
     if along_k is not None:
         out = gemm_rows(by_row.data, by_row.scale, along_k, layout.tiles, bias, out_dtype, fwd.promote)
     else:
-        in_one_pass = in_blocks(fwd) and in_blocks(dgrad)
-        w, for_dgrad = exact_weights(b, fwd, dgrad if in_one_pass else None)
-        out = high_precision_product(
-            exact_operand(high_precision(a), offs, layout, -1, fwd), w, offs, layout.tiles, bias
-        )
-        kept = Weights(for_dgrad, none) if in_one_pass else kept
+        exact = exact_operand(high_precision(a), offs, layout, -1, fwd), exact_weights(b, fwd, -2)
+        out = high_precision_product(*exact, offs, layout.tiles, bias)
+    kept = along_n or Weights(none, none)
     return out, (*layout, by_row.column_amax, by_row.poisoned, *kept)
 
 
@@ -157,8 +153,7 @@ def rows_backward(
         if along:
             da = gemm_rows(by_row.data, by_row.scale, along_n, layout.tiles, None, dtypes[0], dgrad.promote)
         else:
-            w = along_n.data if along_n.data.numel() else exact_weights(b, None, dgrad)[1]
-            da = high_precision_rows(g_along, w.mT, offs)
+            da = high_precision_rows(g_along, exact_weights(b, dgrad, -1).mT, offs)
     del g_along
     if needed[1]:
         by_row_a = RowQuantized(amax, amax, amax, poisoned)  # only the last two are read

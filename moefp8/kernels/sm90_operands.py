@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moefp8.formats import BLOCK
-from moefp8.kernels.fake_quantize import fake_quantize, span
+from moefp8.kernels.fake_quantize import fake_quantize
 from moefp8.kernels.fake_quantize_blocks import fake_quantize_blocks
 from moefp8.kernels.gemm import Weights, gemm_contraction
 from moefp8.kernels.high_precision import high_precision_contraction
@@ -75,20 +75,15 @@ def weights_both_ways(
     return (one, other) if is_transposed(b) else (other, one)
 
 
-def exact_weights(b: Tensor, along_k: Gemm | None, along_n: Gemm | None) -> tuple[Tensor, Tensor]:
-    """``b`` (G, K, N) as bfloat16 products read it, rounded along K and along N, its memory order kept.
-
-    Either may be None, and is then not to be read.
-    """
-    if all(gemm is None or gemm.format == "none" for gemm in (along_k, along_n)):
-        return b, b
-    transposed = is_transposed(b)
+def exact_weights(b: Tensor, gemm: Gemm, axis: int) -> Tensor:
+    """``b`` (G, K, N) rounded to MX along ``axis``, in bfloat16, its memory order kept."""
+    if gemm.format == "none":
+        return b
     stored, layout = as_stored(b)
-    ends = equal_groups(stored.shape[0], stored.shape[1], b.device)
-    last, across = (along_k, along_n) if transposed else (along_n, along_k)
-    flat = exact_both_ways(stored.flatten(0, 1), ends, layout, last, across)
-    one, other = (x.view(stored.shape) for x in flat)
-    return (one.mT, other.mT) if transposed else (other, one)
+    axis = -3 - axis if is_transposed(b) else axis
+    flat, ends = stored.flatten(0, 1), equal_groups(stored.shape[0], stored.shape[1], b.device)
+    rounded = fake_quantize(flat, ends, layout, axis, gemm).view(stored.shape)
+    return rounded.mT if is_transposed(b) else rounded
 
 
 def exact_operand(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) -> Tensor:
@@ -96,28 +91,19 @@ def exact_operand(x: Tensor, offs: Tensor, layout: Plan, axis: int, gemm: Gemm) 
     return x if gemm.format == "none" else fake_quantize(x, offs, layout, axis, gemm)
 
 
-def in_blocks(gemm: Gemm) -> bool:
-    """True MX, which bfloat16 holds."""
-    return gemm.format == "mx" and span(gemm) == BLOCK
-
-
 def exact_both_ways(
     x: Tensor, offs: Tensor, layout: Plan, along: Gemm | None, across: Gemm | None
 ) -> tuple[Tensor, Tensor]:
     """``x`` (M, K) as bfloat16 products read it, rounded along K and along the rows of each group.
 
-    Either may be None, and is then not to be read. Blocks of 32 come from one pass.
+    Either may be None, and is then not to be read. True MX both ways takes one pass.
     """
-    in_blocks = [
-        gemm is not None and gemm.format != "none" and span(gemm) == BLOCK for gemm in (along, across)
-    ]
-    if all(in_blocks):
+    if along and across and along.format == across.format == "mx" and along.group == across.group == BLOCK:
         return fake_quantize_blocks(x, layout, along, across)
-    first, second = (
-        x if gemm is None else exact_operand(x, offs, layout, axis, gemm)
-        for axis, gemm in ((-1, along), (-2, across))
+    return (
+        exact_operand(x, offs, layout, -1, along) if along else x,
+        exact_operand(x, offs, layout, -2, across) if across else x,
     )
-    return first, second
 
 
 def in_memory_order(product: Callable[[Any, Any], Tensor], left: Any, right: Any, like: Tensor) -> Tensor:

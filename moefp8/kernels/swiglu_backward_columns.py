@@ -34,8 +34,8 @@ from moefp8.kernels._swiglu import (
     sigmoid_at,
     sigmoid_for,
 )
-from moefp8.kernels.plan import SEGMENT, Plan
-from moefp8.kernels.quantize_columns import Tile
+from moefp8.kernels.plan import SEGMENT, Plan, Tile
+from moefp8.kernels.quantize_columns import starts_group
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
 
@@ -86,8 +86,7 @@ def _quantize_piece(
     s = sigmoid_at(g, sigmoid, at, here, False, HARDWARE)
     if tl.min(tl.min(g, 1), 0) < STEEP:
         s = sigmoid_at(g, sigmoid, at, here, True, HARDWARE)
-    # Every segment of a group has the same scales: the first one writes them.
-    first = (block == 0) | (tl.load(segments + 3 * tl.maximum(block - 1, 0)) != group)
+    first = starts_group(segments, block, group)
     _store_columns(
         d_gate_of(g, u, c, s, dtype, HARDWARE), gate_data, gate_scale, gate_amax,
         group, position, column, columns, padded_rows, first,

@@ -189,7 +189,7 @@ def _swiglu_backward_rows(
         for x in (gate_amax, gate_poisoned, up_amax, up_poisoned):
             x.zero_()
         return outs
-    how = equal_pieces(gate.shape[1], gate.device, 2 * segments.shape[0] if column_amax else 0, inputs=3)
+    how = equal_pieces(gate, 2 * segments.shape[0] if column_amax else 0, inputs=3)
     gate_bands = empty_bands(gate, segments, how.band, column_amax)
     up_bands = empty_bands(gate, segments, how.band, column_amax)
     common = dict(

@@ -163,7 +163,7 @@ def _swiglu_rows(
     data, scale, amax, poisoned = _fake(gate, up, segments, ends, format, dtype, rule, column_amax)
     if gate.numel() == 0:
         return data, scale, amax.zero_(), poisoned.zero_()
-    how = equal_pieces(gate.shape[1], gate.device, 2 * segments.shape[0] if column_amax else 0, inputs=2)
+    how = equal_pieces(gate, 2 * segments.shape[0] if column_amax else 0, inputs=2)
     band_amax, band_poisoned = empty_bands(gate, segments, how.band, column_amax)
     common = dict(
         OUT=TRITON_DTYPES[dtype], COLUMN_AMAX=column_amax,
