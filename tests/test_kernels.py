@@ -5,9 +5,12 @@ Quantisers agree bit for bit. Products agree within the error of their accumulat
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from specs import LAYOUTS, OPS, Backend, Case, Layout
+from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from moefp8 import scaled_grouped_mm
+from moefp8 import expert_ffn, scaled_grouped_mm
 from moefp8.kernels import (
     combine,
     fake_quantize,
@@ -462,3 +465,33 @@ def test_no_tail_lies_before_the_first_row(device):
     high_precision.zero_tail(room[32:], torch.tensor([-16], dtype=torch.int32, device=device))
     assert (room[:32] == 1).all()
     assert (room[32:] == 0).all()
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp8_exact"])
+def test_sizes_may_be_symbols(recipe, device):
+    """The kernels' launchers as ``make_fx`` traces them, under ``vmap(grad)`` and in the feed-forward."""
+    recipe, offs = PRESETS[recipe], torch.tensor([16, 40], dtype=torch.int32, device=device)
+    a = torch.randn(2, 40, 32).to(device, torch.bfloat16)
+    weights = {
+        "w1": torch.randn(2, 48, 32).to(device, torch.bfloat16),
+        "w2": torch.randn(2, 32, 48).to(device, torch.bfloat16),
+        "w3": torch.randn(2, 48, 32).to(device, torch.bfloat16),
+    }
+
+    def products(weights, a, offs):
+        def loss(b, a):
+            return scaled_grouped_mm(a, b.mT, offs, recipe=recipe, implementation="triton").float().sum()
+
+        return vmap(grad(loss, (0, 1)), (None, 0))(weights["w1"], a)
+
+    def feed_forward(weights, a, offs):
+        def loss(weights, a):
+            return expert_ffn(weights, a, offs, recipe=recipe, implementation="triton").float().sum()
+
+        return grad(loss, (0, 1))(weights, a[0])
+
+    for f in (products, feed_forward):
+        traced = make_fx(f, tracing_mode="symbolic")(weights, a, offs)
+        got, want = (pytree.tree_leaves(x(weights, a, offs)) for x in (traced, f))
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y)

@@ -30,6 +30,7 @@ from moefp8.kernels.plan import Plan, plan
 from moefp8.kernels.quantize_columns import quantize_columns
 from moefp8.kernels.quantize_rows import RowQuantized, quantize_rows
 from moefp8.kernels.sm90_operands import (
+    Plans,
     as_stored,
     contract,
     in_fp8,
@@ -40,14 +41,17 @@ from moefp8.kernels.swiglu_backward_rows import swiglu_backward_rows
 from moefp8.kernels.swiglu_rows import swiglu_rows
 from moefp8.recipe import Recipe
 
+#: Names for the shapes of w1, w2 and w3: those of gate and up are the same.
+_SHAPES = "in", "out", "in"
+
 
 def _for_forward(
-    w: Tensor, recipe: Recipe, prepared: Sequence[Tensor], plans: dict[tuple[int, int], Plan]
+    w: Tensor, recipe: Recipe, prepared: Sequence[Tensor], plans: Plans, shape: str
 ) -> tuple[Weights, tuple[Tensor, ...]]:
     """``w`` (G, N, K) quantised along K, and what :func:`_for_backward` makes the copy along N of."""
     if prepared:
         return Weights(*prepared[:2]), (prepared[2], prepared[3])
-    stored, layout = as_stored(w.mT, plans)
+    stored, layout = as_stored(w.mT, plans, shape)
     rows = stored.flatten(0, 1)
     if is_transposed(w.mT):
         by_row = quantize_rows(rows, layout, recipe.fwd, column_amax=True)
@@ -59,13 +63,11 @@ def _for_forward(
     return along_k, (by_row.data, by_row.scale.view(stored.shape[:2]))
 
 
-def _for_backward(
-    w: Tensor, kept: Sequence[Tensor], recipe: Recipe, plans: dict[tuple[int, int], Plan]
-) -> Weights:
+def _for_backward(w: Tensor, kept: Sequence[Tensor], recipe: Recipe, plans: Plans, shape: str) -> Weights:
     """``w`` (G, N, K) quantised along N."""
     if kept[0].dtype != torch.int32:
         return Weights(*kept)
-    stored, layout = as_stored(w.mT, plans)
+    stored, layout = as_stored(w.mT, plans, shape)
     maxima = _maxima(kept)
     return Weights(*quantize_columns(stored.flatten(0, 1), layout, maxima, recipe.dgrad))
 
@@ -103,9 +105,10 @@ def fuse(composed: Composed) -> Composed:
             return composed.forward(x, weights, biases, offs, recipe, prepared)
         layout, dtype = plan(offs, x.shape[0], tile_rows(offs.device)), x.data.dtype
         copies = prepared or ((), (), ())
-        plans: dict[tuple[int, int], Plan] = {}
+        plans: Plans = {}
         (w1, kept1), (w2, kept2), (w3, kept3) = (
-            _for_forward(w, recipe, copy, plans) for w, copy in zip(weights, copies, strict=True)
+            _for_forward(w, recipe, copy, plans, shape)
+            for w, copy, shape in zip(weights, copies, _SHAPES, strict=True)
         )
 
         def product(a: RowQuantized, w: Weights, bias: Tensor | None) -> Tensor:
@@ -136,14 +139,14 @@ def fuse(composed: Composed) -> Composed:
         if not _served(recipe):
             return composed.backward(kept, x, weights, biases, offs, g, recipe, needed)
         (_, dgrad, wgrad), dtype = recipe, x.data.dtype
-        plans: dict[tuple[int, int], Plan] = {}
+        plans: Plans = {}
         gate, up = kept[:2]
         layout, x_kept, hidden_maxima = Plan(*kept[2:6]), kept[6:8], _maxima(kept[8:10])
         x_needed, w1_needed, w2_needed, w3_needed, b1_needed, b2_needed, b3_needed, scores_needed = needed
 
         def factors(rows: RowQuantized, i: int) -> tuple[Tensor, Tensor, Weights]:
             own = kept[10 + 2 * i : 12 + 2 * i]
-            return rows.data, rows.scale, _for_backward(weights[i], own, recipe, plans)
+            return rows.data, rows.scale, _for_backward(weights[i], own, recipe, plans, _SHAPES[i])
 
         def input_gradient(d_gate: RowQuantized, d_up: RowQuantized) -> tuple[Tensor, Tensor | None]:
             products = factors(d_gate, 0), factors(d_up, 2)

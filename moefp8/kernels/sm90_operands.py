@@ -32,18 +32,24 @@ def is_transposed(x: Tensor) -> bool:
     return x.stride(-2) == 1 and x.stride(-1) != 1
 
 
-def as_stored(b: Tensor, plans: dict[tuple[int, int], Plan] | None = None) -> tuple[Tensor, Plan]:
+#: Plans of the rows of weights, by a name for their shape (sizes cannot be hashed while they are symbols)
+#: and by whether they are transposed views.
+Plans = dict[tuple[str, bool], Plan]
+
+
+def as_stored(b: Tensor, plans: Plans | None = None, shape: str = "") -> tuple[Tensor, Plan]:
     """``b`` (G, K, N) in its memory order, (G, N, K) if it is a transposed view, and a plan of its rows.
 
-    ``plans`` holds the plans of matrices of other shapes, by groups and rows, and this one from now on.
+    A plan is taken from ``plans`` if there is one for that ``shape``, or is put there.
     """
-    stored = (b.mT if is_transposed(b) else b).contiguous()
-    num_groups, rows, _ = stored.shape
+    transposed = is_transposed(b)
+    stored = (b.mT if transposed else b).contiguous()
     plans = {} if plans is None else plans
-    if (num_groups, rows) not in plans:
+    if (shape, transposed) not in plans:
+        num_groups, rows, _ = stored.shape
         ends = equal_groups(num_groups, rows, b.device)
-        plans[num_groups, rows] = plan(ends, num_groups * rows, SEGMENT)
-    return stored, plans[num_groups, rows]
+        plans[shape, transposed] = plan(ends, num_groups * rows, SEGMENT)
+    return stored, plans[shape, transposed]
 
 
 def both_ways(
