@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from moefp8._custom_vjp import custom_vjp
 from moefp8._leaf import by_loop, leaf
@@ -103,10 +104,21 @@ def _logits_bwd(
 _logits = custom_vjp("route", _logits_fwd, _logits_bwd)
 
 
+def router_linear(x: Tensor, router: Tensor) -> Tensor:
+    """``x (..., D) @ router (E, D)^T``, by plain autograd.
+
+    A router is never quantised, so function modes, that of ``low_precision`` among them, see this product
+    whole, as they do the one of 16-bit tokens.
+    """
+    if has_torch_function_variadic(x, router):
+        return handle_torch_function(router_linear, (x, router), x, router)
+    return torch.nn.functional.linear(x, router)
+
+
 def router_logits(x: Tensor, router: Tensor) -> Tensor:
     """``x (..., D) @ router (E, D)^T`` in float32, or float64 if an operand is."""
     if x.dtype not in (torch.bfloat16, torch.float16):  # plain autograd keeps no copy, and goes further
         wide = torch.promote_types(x.dtype, torch.promote_types(router.dtype, torch.float32))
-        return torch.nn.functional.linear(x.to(wide), router.to(wide))
+        return router_linear(x.to(wide), router.to(wide))
     logits = _logits(None, x.reshape(-1, x.shape[-1]), router)
     return logits.reshape(*x.shape[:-1], router.shape[0])

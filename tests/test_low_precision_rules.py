@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
-from moefp8 import BF16, FP8_ROWWISE, MXFP8, low_precision, scaled_mm
+from moefp8 import (
+    BF16,
+    FP8_ROWWISE,
+    MXFP8,
+    MoEConfig,
+    explain,
+    init_moe_ffn,
+    low_precision,
+    moe_ffn,
+    scaled_mm,
+)
 
 
 def randn(*shape, seed=0):
@@ -202,3 +212,18 @@ def test_a_product_of_two_weights():
         assert torch.equal(low(("a", BF16), ("b", MXFP8)), p["a"] @ p["b"])
     with pytest.raises(ValueError, match="product of two weights, 'a' and 'b'"):
         low(("a", FP8_ROWWISE), ("b", MXFP8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rule_reaches_the_router_of_a_layer(dtype):
+    """Whatever the tokens are; ``explain`` lists its product as one that is not replaced."""
+    config = MoEConfig(64, 64, 4, 2)
+    params, x = init_moe_ffn(torch.Generator().manual_seed(0), config), randn(32, 64).to(dtype)
+
+    def layer(params, x):
+        return moe_ffn(params, x, config=config)[0]
+
+    assert torch.equal(low_precision(layer, [("*", MXFP8)])(params, x), layer(params, x))
+    products = explain(layer, [("*", MXFP8)], params, x).products
+    (product,) = [p for p in products if p.path == "router"]
+    assert product.recipe is None
