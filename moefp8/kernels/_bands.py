@@ -39,7 +39,7 @@ def healthy_row(
     block = tl.max(tl.reshape(magnitude_bits(v), (blocks, MX_BLOCK)), 1)
     healthy = block < INF_BITS
     factor, inverse = scale_of(
-        tl.max(tl.where(healthy, block, 0), 0, keep_dims=True), ROWWISE, CARRY, EMAX, MAX, HARDWARE
+        tl.max(tl.where(healthy, block, 0), 0, keep_dims=True), ROWWISE, CARRY, EMAX, MAX
     )
     code = encode(v * inverse, OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
     sick = tl.broadcast_to((block >= INF_BITS)[:, None], (blocks, MX_BLOCK))

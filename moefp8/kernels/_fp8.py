@@ -56,33 +56,12 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def reciprocal(x, HARDWARE: tl.constexpr):
-    """1 / x of float32 with exponents from -126 to 125, to nearest even.
-
-    A Newton step in fused multiply-adds makes the machine's reciprocal the nearest number. The compiler
-    does the same for ``rcp.rn`` in that range, after a branch for each element.
-    """
-    if HARDWARE:
-        out = tl.inline_asm_elementwise(
-            "{ .reg .f32 r, e, x; rcp.approx.ftz.f32 r, $1; neg.f32 x, $1;"
-            " fma.rn.f32 e, x, r, 0f3F800000; fma.rn.f32 $0, r, e, r; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        out = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
-    return out
-
-
-@triton.jit
-def scale_of(
-    amax_bits, ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):  # fmt: skip
+def scale_of(amax_bits, ROWWISE: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr):
     """The scale of a span with this amax (bits, finite) and its reciprocal, both float32."""
     if ROWWISE:
         # The smallest normal number keeps the scale and its reciprocal finite.
         scale = tl.maximum(amax_bits.to(tl.float32, bitcast=True) * (1.0 / MAX), 1.1754943508222875e-38)
-        return scale, reciprocal(scale, HARDWARE)
+        return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     byte = tl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0)
     # 2^-127, byte 0, is a subnormal: its exponent field is 0 and its first mantissa bit is set.
     scale = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)

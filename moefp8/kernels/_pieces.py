@@ -141,7 +141,7 @@ def store_rows(
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, HARDWARE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write rows ``values``, pieces of (ROWS, LANES) with maxima ``amax`` (bits), and their scales."""
-    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX, HARDWARE)
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     store_scales(scale, row, factor, real)
     to = data + row.to(tl.int64)[:, None] * columns
     for p in tl.static_range(len(values)):

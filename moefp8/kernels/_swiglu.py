@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from moefp8.kernels._fp8 import reciprocal
 from moefp8.kernels._pieces import largest_of_row, paired
 from moefp8.kernels._round import narrowed, widened
 
@@ -33,7 +32,13 @@ def sigmoid_at(g, sigmoid, at, mask, EXACT: tl.constexpr, HARDWARE: tl.constexpr
     elif EXACT:
         out = tl.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-g))
     else:
-        out = reciprocal(1.0 + libdevice.exp(-g), HARDWARE)  # the same where that is less than 2^126
+        # The same for 1 <= x < 2^126, without a branch for each element: a Newton step in fused
+        # multiply-adds makes the machine's reciprocal the nearest number.
+        out = tl.inline_asm_elementwise(
+            "{ .reg .f32 r, e, x; rcp.approx.ftz.f32 r, $1; neg.f32 x, $1;"
+            " fma.rn.f32 e, x, r, 0f3F800000; fma.rn.f32 $0, r, e, r; }",
+            "=f,f", [1.0 + libdevice.exp(-g)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
     return out
 
 

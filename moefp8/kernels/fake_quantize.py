@@ -76,7 +76,7 @@ def _fake_quantize_kernel(
             by_block = block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
             if PIECES == 1:
                 amax = _span_amax(by_block, ALONG_ROWS, ROWS, COLUMNS, SPAN)
-            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX, HARDWARE)
+            factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
             value = fake_quantized(
                 v, spread(inverse, ALONG_ROWS, ROWS, COLUMNS, SPAN),
                 spread(factor, ALONG_ROWS, ROWS, COLUMNS, SPAN),

@@ -76,7 +76,7 @@ def _rounded_blocks(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     amax = block_amax(v, ALONG_ROWS, ROWS, COLUMNS)
-    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX, HARDWARE)  # of a poisoned block never used
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)  # of a poisoned block never used
     return fake_quantized(
         v, spread(inverse, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),
         spread(factor, ALONG_ROWS, ROWS, COLUMNS, MX_BLOCK),

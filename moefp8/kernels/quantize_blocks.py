@@ -49,7 +49,7 @@ TILE_COLUMNS = swizzle.TILE_COLUMNS * BLOCK
 def _scale_byte(amax, CARRY: tl.constexpr, EMAX: tl.constexpr, MAX: tl.constexpr):
     """E8M0 scale of blocks with this amax (bits), 255 for a poisoned one, and its reciprocal."""
     sick = amax >= INF_BITS
-    _, inverse = scale_of(tl.where(sick, 0, amax), False, CARRY, EMAX, MAX, False)
+    _, inverse = scale_of(tl.where(sick, 0, amax), False, CARRY, EMAX, MAX)
     byte = 254 - (inverse.to(tl.int32, bitcast=True) >> 23)  # the reciprocal is 2^(127 - byte)
     return tl.where(sick, 255, byte).to(tl.uint8), inverse, sick
 

@@ -63,7 +63,7 @@ def _quantize_piece(
     v = tl.load(x + at[:, None] + column[None, :], mask=here, other=0)
     v = scored(v, score[:, None] if SCORED else score, x.dtype.element_ty, SCORED, HARDWARE)
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
-    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX, HARDWARE)
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     code = encode(v * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
     if POISONED:
         sick = tl.max(magnitude_bits(v), 0) >= INF_BITS

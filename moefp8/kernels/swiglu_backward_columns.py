@@ -54,7 +54,7 @@ def _store_columns(
     y = widened(y, HARDWARE)
     inside = column < columns
     amax = tl.load(column_amax + group * columns + column, mask=inside, other=0)
-    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX, HARDWARE)
+    factor, inverse = scale_of(amax, ROWWISE, CARRY, EMAX, MAX)
     code = encode(y * inverse[None, :], OUT, MAX, MANTISSA, MIN_EXPONENT, HARDWARE)
     if POISONED:
         sick = tl.max(magnitude_bits(y), 0) >= INF_BITS
