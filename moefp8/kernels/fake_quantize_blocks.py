@@ -31,7 +31,7 @@ from moefp8.kernels._fp8 import (
     scale_of,
 )
 from moefp8.kernels._round import narrowed, widened
-from moefp8.kernels.plan import SEGMENT, Plan, Tile
+from moefp8.kernels.plan import SEGMENT, Plan, Tile, tile_of
 from moefp8.recipe import Gemm
 
 
@@ -94,13 +94,11 @@ def _fake_quantize_blocks_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: a tile of whole blocks, whichever way they lie.
-    across = tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // across
-    block = band // (SEGMENT // ROWS)
+    block, first, left = tile_of(tl.program_id(0), columns, SEGMENT, ROWS, COLUMNS)
     if tl.load(segments + 3 * block) < num_groups:
         end = tl.load(segments + 3 * block + 2)
-        row = tl.load(segments + 3 * block + 1) + band % (SEGMENT // ROWS) * ROWS + tl.arange(0, ROWS)
-        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        row = tl.load(segments + 3 * block + 1) + first + tl.arange(0, ROWS)
+        column = left + tl.arange(0, COLUMNS)
         here = (row < end)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None]
         v = widened(tl.load(x + at * stride + column[None, :], mask=here, other=0), HARDWARE)
@@ -151,8 +149,7 @@ def _fake_quantize_blocks(
     x = x if x.stride(1) == 1 else x.contiguous()
     out = _fake(x, segments, num_groups, dtype, rule, by_row, by_column)
     if x.numel() and (by_row or by_column):
-        tiles = segments.shape[0] * (SEGMENT // TILE.rows) * triton.cdiv(x.shape[1], TILE.columns)
-        _fake_quantize_blocks_kernel[(tiles,)](
+        _fake_quantize_blocks_kernel[(TILE.programs(segments, x.shape[1]),)](
             x, *out, segments, num_groups, x.shape[1], x.stride(0),
             BY_ROW=by_row, BY_COLUMN=by_column, OUT=TRITON_DTYPES[dtype],
             **encoding(Gemm("mx", dtype, rule), x.device)._asdict(),

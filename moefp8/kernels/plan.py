@@ -29,6 +29,10 @@ class Tile(NamedTuple):
     columns: int
     warps: int
 
+    def programs(self, segments: Tensor, columns: int) -> int:
+        """How many programs take all tiles of a matrix of ``columns``, see :func:`tile_of`."""
+        return segments.shape[0] * (SEGMENT // self.rows) * triton.cdiv(columns, self.columns)
+
 
 class Plan(NamedTuple):
     """The blocks of rows that kernels walk over.
@@ -59,6 +63,14 @@ def tile_bound(rows: int, num_groups: int, tile: int) -> int:
 def segment_bound(rows: int, num_groups: int) -> int:
     """Most segment blocks that ``num_groups`` groups of ``rows`` rows in all can have."""
     return (rows + num_groups * (SEGMENT - 1)) // SEGMENT
+
+
+@triton.jit
+def tile_of(program, columns, SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Segment block of a program's tile, its first row there, and its first column."""
+    across = tl.cdiv(columns, COLUMNS)
+    band = program // across
+    return band // (SEGMENT // ROWS), band % (SEGMENT // ROWS) * ROWS, program % across * COLUMNS
 
 
 @triton.jit

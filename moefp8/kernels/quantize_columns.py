@@ -30,7 +30,7 @@ from moefp8.kernels._fp8 import (
 )
 from moefp8.kernels._rows import places, scored
 from moefp8.kernels.gathered import Gathered
-from moefp8.kernels.plan import SEGMENT, Plan, Tile
+from moefp8.kernels.plan import SEGMENT, Plan, Tile, tile_of
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.kernels.reference import scale_rule
 from moefp8.recipe import Gemm
@@ -86,12 +86,10 @@ def _quantize_columns_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: a tile of a segment block.
-    across = tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // across
-    block, first = band // (SEGMENT // ROWS), band % (SEGMENT // ROWS) * ROWS
+    block, first, left = tile_of(tl.program_id(0), columns, SEGMENT, ROWS, COLUMNS)
     group = tl.load(segments + 3 * block)
     if group < num_groups:
-        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        column = left + tl.arange(0, COLUMNS)
         # Poisoned groups are rare and go by blocks of 32, which need fewer registers than a tile does.
         if tl.load(poisoned + group) == 0:
             _quantize_piece(
@@ -141,9 +139,8 @@ def _quantize_columns(
     data, scale = _fake(x, copy, scores, copies, segments, column_amax, poisoned, format, dtype, rule)
     num_groups, columns = column_amax.shape
     tile = _tile(format)
-    bands, across = segments.shape[0] * (SEGMENT // tile.rows), triton.cdiv(columns, tile.columns)
     if data.numel():
-        _quantize_columns_kernel[(bands * across,)](
+        _quantize_columns_kernel[(tile.programs(segments, columns),)](
             x, segments if copy is None else copy, x if scores is None else scores.contiguous(),
             data.view(torch.uint8), scale, column_amax, poisoned, segments,
             num_groups, columns, x.stride(0), data.shape[1],

@@ -34,7 +34,7 @@ from moefp8.kernels._swiglu import (
     sigmoid_at,
     sigmoid_for,
 )
-from moefp8.kernels.plan import SEGMENT, Plan, Tile
+from moefp8.kernels.plan import SEGMENT, Plan, Tile, tile_of
 from moefp8.kernels.quantize_columns import starts_group
 from moefp8.kernels.quantize_rows import RowQuantized
 from moefp8.recipe import Gemm
@@ -115,12 +115,10 @@ def _swiglu_backward_columns_kernel(
     SEGMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # One program: a tile of a segment block.
-    across = tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // across
-    block, first = band // (SEGMENT // ROWS), band % (SEGMENT // ROWS) * ROWS
+    block, first, left = tile_of(tl.program_id(0), columns, SEGMENT, ROWS, COLUMNS)
     group = tl.load(segments + 3 * block)
     if group < num_groups:
-        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        column = left + tl.arange(0, COLUMNS)
         poison = tl.load(gate_poisoned + group) | tl.load(up_poisoned + group)
         # Poisoned groups are rare and go by blocks of 32, which need fewer registers than a tile does.
         if (poison | tl.load(hidden_poisoned + group)) == 0:
@@ -162,9 +160,8 @@ def _swiglu_backward_columns(
     maxima = (gate_amax, gate_poisoned, up_amax, up_poisoned, hidden_amax, hidden_poisoned)
     outs = _fake(gate, up, cotangent, segments, *maxima, format, dtype, rule)
     num_groups, columns = gate_amax.shape
-    bands, across = segments.shape[0] * (SEGMENT // TILE.rows), triton.cdiv(columns, TILE.columns)
     if outs[0].numel():
-        _swiglu_backward_columns_kernel[(bands * across,)](
+        _swiglu_backward_columns_kernel[(TILE.programs(segments, columns),)](
             gate, up, cotangent, sigmoid_for(gate),
             *(x.view(torch.uint8) if x.itemsize == 1 else x for x in outs), *maxima,
             segments, num_groups, columns, outs[0].shape[1],
